@@ -1,0 +1,3 @@
+module ftvirt.org/ftvirt
+
+go 1.26
