@@ -1,0 +1,520 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The agent's side of the plugin: one thread that keeps a unix-socket
+ * connection to the agent, ships the log and obeys. PROTOCOL.md has the
+ * frames. The thread takes no lock of QEMU, so that it answers however QEMU
+ * is blocked.
+ */
+#define _GNU_SOURCE
+#include <endian.h>
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "ftvirt.h"
+
+#define PROTOCOL 1
+#define HEADER 5
+#define MS INT64_C(1000000)
+
+enum frame {
+    HELLO = 1, LOG, STATE, CONSUMED, STATS, DIVERGED, ERROR,
+    WELCOME = 64, ARM, DISARM, ACK, FEED, PROMOTE, OPEN, IDLE, CONFIG,
+};
+
+/* Log bytes per frame, and how long a lone byte may wait for company. */
+#define LOG_CHUNK (64u << 10)
+#define COALESCE_NS (1 * MS)
+#define STATS_NS (100 * MS)
+#define CONSUMED_NS (10 * MS)
+#define RECONNECT_MS 100
+
+/* Only the io thread touches these, but for out, which the lock guards. */
+static struct {
+    int fd;
+    uint8_t in[HEADER + FT_FRAME_MAX];
+    size_t in_len;
+    uint8_t out[512u << 10];
+    size_t out_len;
+    uint64_t reported;
+    int64_t stats_ns, consumed_ns, unsent_ns;
+} io = { .fd = -1 };
+
+void ft_wake_io(void)
+{
+    uint64_t one = 1;
+
+    if (write(ft.wake_fd, &one, sizeof(one)) < 0) {
+        /* It is full of wake-ups already. */
+    }
+}
+
+static uint8_t *put(uint8_t *p, uint64_t v, int bytes)
+{
+    for (int i = bytes - 1; i >= 0; i--) {
+        *p++ = (uint8_t)(v >> (8 * i));
+    }
+    return p;
+}
+
+static uint64_t get(const uint8_t *p, int bytes)
+{
+    uint64_t v = 0;
+
+    for (int i = 0; i < bytes; i++) {
+        v = v << 8 | p[i];
+    }
+    return v;
+}
+
+/* Starts a frame in out; the lock is held. NULL if the agent does not read. */
+static uint8_t *frame(enum frame type, size_t len)
+{
+    uint8_t *p = io.out + io.out_len;
+
+    if (io.fd < 0 || io.out_len + HEADER + len > sizeof(io.out)) {
+        return NULL;
+    }
+    io.out_len += HEADER + len;
+    p = put(p, len, 4);
+    return put(p, type, 1);
+}
+
+void ft_send_state(const char *text)
+{
+    size_t len = strnlen(text, 200);
+    uint8_t *p;
+
+    if (!ft.connected || !(p = frame(STATE, 42 + len))) {
+        return;
+    }
+    p = put(p, ft.mode, 1);
+    p = put(p, ft.running, 1);
+    p = put(p, ft.epoch, 8);
+    p = put(p, ft.mode == FT_REPLAY ? ft.ring.tail : ft.ring.head, 8);
+    p = put(p, q.timers_state->qemu_icount, 8);
+    p = put(p, ft.pause_ns, 8);
+    p = put(p, ft.gate_dropped, 8);
+    memcpy(p, text, len);
+    ft_wake_io();
+}
+
+static void send_error(enum frame to, const char *text)
+{
+    size_t len = strnlen(text, 200);
+    uint8_t *p = frame(ERROR, 1 + len);
+
+    if (p) {
+        p = put(p, to, 1);
+        memcpy(p, text, len);
+    }
+}
+
+static void send_hello(void)
+{
+    uint8_t *p = frame(HELLO, 2 + 1 + 1 + 16 + 8 * 4 + 4 + 3 + 4 +
+                       strlen(FTVIRT_VERSION));
+
+    if (!p) {
+        return;
+    }
+    p = put(p, PROTOCOL, 2);
+    p = put(p, ft.backup, 1);
+    p = put(p, ft.mode, 1);
+    memcpy(p, ft.uuid, 16);
+    p = put(p + 16, ft.epoch, 8);
+    p = put(p, ft.ring.tail, 8);
+    p = put(p, ft.ring.head, 8);
+    p = put(p, q.timers_state->qemu_icount, 8);
+    p = put(p, getpid(), 4);
+    p = put(p, ft.qemu_major, 1);
+    p = put(p, ft.qemu_minor, 1);
+    p = put(p, ft.qemu_micro, 1);
+    p = put(p, FT_FEED_WINDOW, 4);
+    memcpy(p, FTVIRT_VERSION, strlen(FTVIRT_VERSION));
+}
+
+static void send_stats(void)
+{
+    uint8_t *p = frame(STATS, 8 * 9);
+
+    if (!p) {
+        return;
+    }
+    p = put(p, ft.acked, 8);
+    p = put(p, ft.ring.head, 8);
+    p = put(p, q.timers_state->qemu_icount, 8);
+    p = put(p, ft.gate_count, 8);
+    p = put(p, ft.gate_released, 8);
+    p = put(p, ft.gate_dropped, 8);
+    p = put(p, ft.gate_delay_ns, 8);
+    p = put(p, ft.gate_delay_max_ns, 8);
+    put(p, ft.full_since_ns ? ft_now_ns() - ft.full_since_ns : 0, 8);
+    ft.gate_delay_max_ns = 0;
+}
+
+static void send_consumed(void)
+{
+    uint8_t *p = frame(CONSUMED, 8 * 3 + 1);
+
+    if (!p) {
+        return;
+    }
+    p = put(p, ft.ring.tail, 8);
+    p = put(p, ft.ring.head, 8);
+    p = put(p, q.timers_state->qemu_icount, 8);
+    put(p, ft.starving | ft.loaded << 1 | ft.running << 2, 1);
+    io.reported = ft.ring.tail;
+}
+
+/* Moves unsent log into out. */
+static void send_log(int64_t now)
+{
+    while (ft.sent < ft.ring.head) {
+        size_t len = ft.ring.head - ft.sent;
+        uint8_t *p;
+
+        if (!ft.flush && len < LOG_CHUNK) {
+            if (!io.unsent_ns) {
+                io.unsent_ns = now;
+            }
+            if (now - io.unsent_ns < COALESCE_NS) {
+                return;
+            }
+        }
+        if (len > LOG_CHUNK) {
+            len = LOG_CHUNK;
+        }
+        if (io.out_len + HEADER + 8 + len > sizeof(io.out) / 2) {
+            return;
+        }
+        p = frame(LOG, 8 + len);
+        p = put(p, ft.sent, 8);
+        ft_ring_copy(ft.sent, p, len);
+        ft.sent += len;
+        io.unsent_ns = 0;
+    }
+    ft.flush = false;
+    if (ft.ended) {
+        pthread_cond_broadcast(&ft.space);
+    }
+}
+
+static void watch_divergence(int64_t now)
+{
+    uint64_t icount = q.timers_state->qemu_icount;
+    uint8_t *p;
+
+    if (icount != ft.progress_icount || !ft.running || !ft.loaded ||
+        ft.starving || ft.ring.head == ft.ring.tail) {
+        ft.progress_icount = icount;
+        ft.progress_ns = now;
+        return;
+    }
+    if (ft.diverged || now - ft.progress_ns < ft.diverge_ns) {
+        return;
+    }
+    ft.diverged = true;
+    p = frame(DIVERGED, 8 * 2 + 4 * 2);
+    if (p) {
+        p = put(p, ft.ring.tail, 8);
+        p = put(p, icount, 8);
+        p = put(p, q.replay_state->data_kind, 4);
+        put(p, q.replay_state->instruction_count, 4);
+    }
+}
+
+static const char *take_ack(const uint8_t *p, size_t len)
+{
+    uint64_t pos;
+
+    if (len != 8) {
+        return "ACK is 8 bytes";
+    }
+    pos = get(p, 8);
+    if (ft.mode != FT_RECORD || pos <= ft.acked) {
+        return NULL;
+    }
+    if (pos > ft.sent) {
+        return "ACK of what was not sent";
+    }
+    ft.acked = ft.ring.tail = pos;
+    pthread_cond_broadcast(&ft.space);
+    if (ft.gate_head && ft.gate_head->pos <= pos) {
+        pthread_cond_signal(&ft.gate);
+    }
+    return NULL;
+}
+
+static const char *take_welcome(const uint8_t *p, size_t len)
+{
+    uint64_t resume;
+
+    if (len != 18 || get(p, 2) != PROTOCOL) {
+        return "WELCOME is 18 bytes, of protocol 1";
+    }
+    resume = get(p + 10, 8);
+    if (ft.backup && !ft.epoch) {
+        ft.epoch = get(p + 2, 8);
+    }
+    if (ft.mode == FT_RECORD) {
+        if (get(p + 2, 8) != ft.epoch) {
+            return "WELCOME of another epoch";
+        }
+        if (resume < ft.ring.tail || resume > ft.ring.head) {
+            return "WELCOME resumes where there is no log";
+        }
+        ft.acked = ft.ring.tail = ft.sent = resume;
+        pthread_cond_broadcast(&ft.space);
+        pthread_cond_broadcast(&ft.gate);
+    }
+    ft.connected = true;
+    return NULL;
+}
+
+static const char *take_feed(const uint8_t *p, size_t len)
+{
+    if (ft.mode != FT_REPLAY || ft.promote) {
+        return "FEED to a plugin that does not replay";
+    }
+    if (len < 8 || get(p, 8) != ft.ring.head) {
+        return "FEED leaves a gap";
+    }
+    if (len - 8 > ft.ring.size - (ft.ring.head - ft.ring.tail)) {
+        return "FEED is over the window";
+    }
+    ft_ring_put(p + 8, len - 8);
+    pthread_cond_broadcast(&ft.data);
+    return NULL;
+}
+
+/* Obeys one frame; the lock is held. An error ends the connection. */
+static const char *take(enum frame type, const uint8_t *p, size_t len)
+{
+    uint64_t epoch = len == 8 ? get(p, 8) : 0;
+
+    if (!ft.connected && type != WELCOME) {
+        return "the first frame must be WELCOME";
+    }
+    switch (type) {
+    case WELCOME:
+        return take_welcome(p, len);
+    case ACK:
+        return take_ack(p, len);
+    case FEED:
+        return take_feed(p, len);
+    case ARM:
+        if (ft.mode != FT_IDLE || !epoch || epoch <= ft.epoch) {
+            send_error(type, "only an idle VM can begin a newer epoch");
+            return NULL;
+        }
+        ft.arm = true;
+        ft.arm_epoch = epoch;
+        return NULL;
+    case DISARM:
+        ft.arm = false;
+        return NULL;
+    case PROMOTE:
+        if (ft.mode != FT_REPLAY || !ft.loaded || epoch != ft.epoch) {
+            send_error(type, "only a loaded backup of this epoch goes live");
+            return NULL;
+        }
+        ft.promote = true;
+        pthread_cond_broadcast(&ft.data);
+        return NULL;
+    case OPEN:
+        if (ft.mode != FT_RECORD || epoch != ft.epoch) {
+            send_error(type, "only a primary of this epoch goes on alone");
+            return NULL;
+        }
+        ft_mode_open();
+        return NULL;
+    case IDLE:
+        ft_mode_schedule_idle();
+        return NULL;
+    case CONFIG:
+        if (len != 8) {
+            return "CONFIG is 8 bytes";
+        }
+        ft.diverge_ns = get(p, 4) * MS;
+        ft.tick_ns = get(p + 4, 4) * MS;
+        return NULL;
+    default:
+        return "unknown frame";
+    }
+}
+
+static void disconnect(const char *why)
+{
+    if (why) {
+        ft_report("agent: %s", why);
+    }
+    close(io.fd);
+    pthread_mutex_lock(&ft.lock);
+    io.fd = -1;
+    io.in_len = io.out_len = 0;
+    ft.connected = false;
+    if (ft.ended) {
+        pthread_cond_broadcast(&ft.space);
+    }
+    pthread_mutex_unlock(&ft.lock);
+}
+
+static bool connect_agent(void)
+{
+    struct sockaddr_un to = { .sun_family = AF_UNIX };
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+
+    memcpy(to.sun_path, ft.socket_path, sizeof(to.sun_path));
+    if (fd < 0) {
+        return false;
+    }
+    if (connect(fd, (struct sockaddr *)&to, sizeof(to)) < 0) {
+        close(fd);
+        return false;
+    }
+    pthread_mutex_lock(&ft.lock);
+    io.fd = fd;
+    send_hello();
+    pthread_mutex_unlock(&ft.lock);
+    return true;
+}
+
+static bool receive(void)
+{
+    for (;;) {
+        ssize_t n = recv(io.fd, io.in + io.in_len, sizeof(io.in) - io.in_len, 0);
+        const char *why = NULL;
+        size_t at = 0;
+
+        if (n <= 0) {
+            if (n < 0 && (errno == EAGAIN || errno == EINTR)) {
+                return true;
+            }
+            disconnect(NULL);
+            return false;
+        }
+        io.in_len += n;
+        pthread_mutex_lock(&ft.lock);
+        while (!why && io.in_len - at >= HEADER) {
+            size_t len = get(io.in + at, 4);
+
+            if (len > FT_FRAME_MAX) {
+                why = "frame too long";
+            } else if (io.in_len - at < HEADER + len) {
+                break;
+            } else {
+                why = take(io.in[at + 4], io.in + at + HEADER, len);
+                at += HEADER + len;
+            }
+        }
+        pthread_mutex_unlock(&ft.lock);
+        if (why) {
+            disconnect(why);
+            return false;
+        }
+        memmove(io.in, io.in + at, io.in_len - at);
+        io.in_len -= at;
+    }
+}
+
+/* What is due by the clock; returns milliseconds until the next look. */
+static int housekeeping(void)
+{
+    int64_t now = ft_now_ns();
+    bool tick = false;
+    int wait = 200;
+
+    pthread_mutex_lock(&ft.lock);
+    if (ft.mode == FT_RECORD) {
+        if (ft.connected) {
+            if (now - io.stats_ns >= STATS_NS) {
+                send_stats();
+                io.stats_ns = now;
+            }
+            send_log(now);
+        }
+        /* An idle guest logs nothing; the backup, which waits for the log
+         * holding QEMU's locks, would not answer its monitor. */
+        tick = now - ft.last_log_ns >= ft.tick_ns;
+        wait = ft.connected && ft.sent < ft.ring.head ? 1 : 20;
+    } else if (ft.mode == FT_REPLAY) {
+        watch_divergence(now);
+        if (ft.connected && now - io.consumed_ns >= CONSUMED_NS &&
+            (io.reported != ft.ring.tail || now - io.consumed_ns >= STATS_NS)) {
+            send_consumed();
+            io.consumed_ns = now;
+        }
+        wait = 10;
+    }
+    pthread_mutex_unlock(&ft.lock);
+    if (tick) {
+        q.qemu_notify_event();
+    }
+    return wait;
+}
+
+static bool transmit(void)
+{
+    ssize_t n;
+
+    pthread_mutex_lock(&ft.lock);
+    if (!io.out_len) {
+        pthread_mutex_unlock(&ft.lock);
+        return true;
+    }
+    n = send(io.fd, io.out, io.out_len, MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (n > 0) {
+        memmove(io.out, io.out + n, io.out_len - n);
+        io.out_len -= n;
+    }
+    pthread_mutex_unlock(&ft.lock);
+    if (n < 0 && errno != EAGAIN && errno != EINTR) {
+        disconnect(strerror(errno));
+        return false;
+    }
+    return true;
+}
+
+static void *io_thread(void *unused)
+{
+    (void)unused;
+    for (;;) {
+        int wait = housekeeping();
+        struct pollfd fds[2];
+        uint64_t wakes;
+
+        if (io.fd < 0 && !connect_agent() && wait > RECONNECT_MS) {
+            wait = RECONNECT_MS;
+        }
+        if (io.fd >= 0 && !transmit()) {
+            continue;
+        }
+        fds[0] = (struct pollfd){ .fd = ft.wake_fd, .events = POLLIN };
+        fds[1] = (struct pollfd){ .fd = io.fd, .events = POLLIN };
+        if (io.out_len) {
+            fds[1].events |= POLLOUT;
+        }
+        if (poll(fds, 2, wait) < 0 && errno != EINTR) {
+            ft_report("poll: %s", strerror(errno));
+        }
+        if (fds[0].revents && read(ft.wake_fd, &wakes, sizeof(wakes)) < 0) {
+            /* Somebody else's wake-up was counted in. */
+        }
+        if (io.fd >= 0 && fds[1].revents & (POLLIN | POLLHUP | POLLERR)) {
+            receive();
+        }
+    }
+    return NULL;
+}
+
+bool ft_control_init(void)
+{
+    ft.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    return ft.wake_fd >= 0 && ft_thread(io_thread, "ftvirt-io");
+}

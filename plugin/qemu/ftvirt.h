@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * ftvirt.so: a QEMU TCG plugin that turns a domain's record/replay into a
+ * streamed, gated log. It instruments no guest code. See PROTOCOL.md for what
+ * it says to the agent, and symbols.h for what it takes from QEMU.
+ */
+#ifndef FTVIRT_H
+#define FTVIRT_H
+
+#include <limits.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <sys/types.h>
+
+#include "symbols.h"
+
+#ifndef FTVIRT_VERSION
+#define FTVIRT_VERSION "0"
+#endif
+
+/* What the plugin does now; PROTOCOL.md gives the numbers on the wire. */
+enum ft_mode {
+    FT_BOOT = 0,   /* loaded, the first vm_start is still to come */
+    FT_IDLE = 1,   /* unprotected: icount, no log */
+    FT_RECORD = 2, /* primary: log streamed, outputs gated */
+    FT_REPLAY = 3, /* backup: log consumed, outputs dropped */
+    FT_LIVE = 4,   /* after go-live: log thrown away, outputs pass */
+};
+
+/* Bytes of log that may be unacknowledged before the guest is held. */
+#define FT_RING_DEFAULT (64u << 20)
+/* Bytes of log that the agent may feed ahead of what was consumed. */
+#define FT_FEED_WINDOW (4u << 20)
+/* Gate limits: beyond these a packet is lost, as on a full network queue. */
+#define FT_GATE_PACKETS 4096
+#define FT_GATE_BYTES (16u << 20)
+/* A frame from the agent may not be longer than this. */
+#define FT_FRAME_MAX (1u << 20)
+
+/* A packet that waits for the ack of the log up to pos. */
+struct ft_packet {
+    struct ft_packet *next;
+    uint64_t pos;
+    int64_t queued_ns;
+    void *filter;
+    void *sender;
+    unsigned flags;
+    size_t len;
+    uint8_t data[];
+};
+
+struct ft_ring {
+    uint8_t *buf;
+    size_t size;   /* a power of two */
+    uint64_t head; /* position after the last byte in it */
+    uint64_t tail; /* position of the first byte in it */
+};
+
+struct ft_state {
+    /* set at load, constant afterwards */
+    char socket_path[108];
+    uint8_t uuid[16];
+    bool backup;
+    int qemu_major, qemu_minor, qemu_micro;
+    void *main_context; /* AioContext of the main loop */
+    ssize_t (*filter_next)(void *, void *, unsigned, const void *, int, void *);
+
+    /* Guards everything below it. Never held while QEMU code is called. */
+    pthread_mutex_t lock;
+    pthread_cond_t space; /* record: the ring has room, or mode changed */
+    pthread_cond_t data;  /* replay: fed bytes, or promote */
+    pthread_cond_t gate;  /* gate thread: something may be released */
+    int wake_fd;          /* eventfd: io thread, look again */
+
+    enum ft_mode mode;
+    uint64_t epoch;
+    bool started;      /* the first vm_start is over; main loop only */
+    bool running;      /* the VM runs */
+    bool arm;          /* switch to record after the next migration */
+    uint64_t arm_epoch;
+    bool promote;      /* replay: the end of the fed log is the end */
+    bool ended;        /* record: QEMU closed the log (deliberate end) */
+    bool connected;
+
+    struct ft_ring ring; /* record: unacked log; replay: log not consumed */
+    uint64_t acked;      /* record: end of log that the backup holds */
+    uint64_t sent;       /* record: end of what this connection has been sent */
+    bool flush;          /* record: an output waits, do not coalesce */
+    int64_t last_log_ns; /* record: when something was logged last */
+    int64_t full_since_ns;
+
+    bool starving;           /* replay: a reader waits for the log */
+    bool loaded;             /* replay: the VM state has been loaded */
+    int64_t progress_ns;     /* replay: when something was consumed last */
+    uint64_t progress_icount;
+    int64_t diverge_ns;      /* replay: no progress for so long = diverged */
+    bool diverged;
+    int64_t tick_ns;         /* record: log at least this often */
+
+    struct ft_packet *gate_head, **gate_tail;
+    unsigned gate_count;
+    size_t gate_bytes;
+    uint64_t gate_released, gate_dropped, gate_delay_ns, gate_delay_max_ns;
+
+    int64_t stopped_ns; /* when the VM was last stopped */
+    int64_t pause_ns;   /* how long the clone stopped it */
+    int64_t deadline_at_stop;
+    uint64_t icount;    /* newest known, for reports */
+};
+
+extern struct ft_state ft;
+
+int64_t ft_now_ns(void);
+void ft_report(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+
+/* check.c: symbols and layouts; false with *why set if QEMU is not fit. */
+bool ft_check(const char **why);
+
+/* stream.c: QEMU's replay_file, in memory. */
+bool ft_stream_init(size_t ring_size);
+FILE *ft_stream_open(bool read);
+FILE *ft_stream_null(void);
+void ft_ring_reset(uint64_t pos);
+void ft_ring_copy(uint64_t pos, uint8_t *to, size_t len);
+void ft_ring_put(const uint8_t *from, size_t len);
+void ft_replay_begin(void);
+
+/* mode.c: idle, record, replay, live. */
+void ft_mode_init(void);
+void ft_mode_schedule_idle(void);
+void ft_mode_open(void);
+void ft_go_live(void);
+
+/* gate.c: the output rule. */
+bool ft_gate_init(const char **why);
+void ft_gate_release(void);
+
+/* control.c: the agent. */
+bool ft_control_init(void);
+bool ft_thread(void *(*f)(void *), const char *name);
+void ft_wake_io(void);
+void ft_send_state(const char *text);
+
+#endif

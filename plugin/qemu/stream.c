@@ -1,0 +1,266 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * QEMU's replay_file as a stream in memory. In record mode QEMU writes to a
+ * ring that holds what the backup has not acknowledged; in replay mode it
+ * reads from the same ring what the agent fed. Streams are unbuffered, so that
+ * every position is exact and no byte hides in stdio.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "ftvirt.h"
+
+/* An event kind that no code path of QEMU waits for, EVENT_AUDIO_OUT: handed
+ * out between the load of the state and the start of the VM, so that no event
+ * of the log is consumed while the VM is still stopped. On the primary none
+ * was: it logs from within vm_start. */
+#define PLACEHOLDER_KIND 25
+/* What the read at the end of the log returns at go-live: EVENT_INTERRUPT.
+ * In record mode nobody looks at it. */
+#define LAST_KIND 1
+/* First kind of the checkpoints; they are consumed by the main loop. Kinds
+ * are those of QEMU 9.1 to 10.x, see rrlog/FORMAT.md. */
+#define FIRST_CHECKPOINT_KIND 30
+
+#define REPLAY_CLOCK_VIRTUAL_RT 1
+
+int64_t ft_now_ns(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
+}
+
+bool ft_stream_init(size_t ring_size)
+{
+    ft.ring.size = ring_size;
+    ft.ring.buf = malloc(ring_size);
+    return ft.ring.buf != NULL;
+}
+
+void ft_ring_reset(uint64_t pos)
+{
+    ft.ring.head = ft.ring.tail = pos;
+    ft.acked = ft.sent = pos;
+    ft.flush = ft.ended = false;
+    ft.full_since_ns = 0;
+}
+
+void ft_ring_copy(uint64_t pos, uint8_t *to, size_t len)
+{
+    size_t at = pos & (ft.ring.size - 1);
+    size_t first = ft.ring.size - at < len ? ft.ring.size - at : len;
+
+    memcpy(to, ft.ring.buf + at, first);
+    memcpy(to + first, ft.ring.buf, len - first);
+}
+
+void ft_ring_put(const uint8_t *from, size_t len)
+{
+    size_t at = ft.ring.head & (ft.ring.size - 1);
+    size_t first = ft.ring.size - at < len ? ft.ring.size - at : len;
+
+    memcpy(ft.ring.buf + at, from, first);
+    memcpy(ft.ring.buf, from + first, len - first);
+    ft.ring.head += len;
+}
+
+/* Called by QEMU with the replay mutex held, in record mode. */
+static ssize_t record_write(void *cookie, const char *buf, size_t size)
+{
+    size_t left = size;
+
+    (void)cookie;
+    pthread_mutex_lock(&ft.lock);
+    while (left && ft.mode == FT_RECORD && !ft.ended) {
+        size_t room = ft.ring.size - (ft.ring.head - ft.ring.tail);
+        size_t n = left < room ? left : room;
+
+        if (!n) {
+            /* Flow control: the backup does not keep up or is gone. The
+             * guest waits; the agent sees it in STATS. */
+            if (!ft.full_since_ns) {
+                ft.full_since_ns = ft_now_ns();
+            }
+            ft.flush = true;
+            ft_wake_io();
+            pthread_cond_wait(&ft.space, &ft.lock);
+            continue;
+        }
+        ft.full_since_ns = 0;
+        if (ft.sent == ft.ring.head) {
+            ft_wake_io();
+        }
+        ft_ring_put((const uint8_t *)buf + size - left, n);
+        left -= n;
+    }
+    ft.last_log_ns = ft_now_ns();
+    pthread_mutex_unlock(&ft.lock);
+    return size;
+}
+
+static ssize_t null_write(void *cookie, const char *buf, size_t size)
+{
+    (void)cookie;
+    (void)buf;
+    return size;
+}
+
+/*
+ * replay_finish() rewinds to write the file's header after the last event:
+ * from there on nothing belongs to the log. It runs at exit, so the rest of
+ * the log is given a moment to reach the agent.
+ */
+static int record_seek(void *cookie, off64_t *offset, int whence)
+{
+    (void)cookie;
+    (void)whence;
+    *offset = 0;
+    pthread_mutex_lock(&ft.lock);
+    if (ft.mode == FT_RECORD && !ft.ended) {
+        struct timespec until;
+
+        ft.ended = true;
+        ft.flush = true;
+        ft_wake_io();
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_sec += 1;
+        while (ft.connected && ft.sent != ft.ring.head &&
+               pthread_cond_timedwait(&ft.space, &ft.lock, &until) == 0) {
+        }
+    }
+    pthread_mutex_unlock(&ft.lock);
+    return 0;
+}
+
+/* Consumes one byte run; the lock is held and data or promote is there. */
+static ssize_t take(char *buf, size_t size)
+{
+    size_t have = ft.ring.head - ft.ring.tail;
+    size_t n = size < have ? size : have;
+
+    ft_ring_copy(ft.ring.tail, (uint8_t *)buf, n);
+    ft.ring.tail += n;
+    return n;
+}
+
+/* Called by QEMU with the replay mutex held, in replay mode. */
+static ssize_t replay_read(void *cookie, char *buf, size_t size)
+{
+    bool kind = !q.replay_state->has_unread_data;
+    ssize_t n;
+
+    (void)cookie;
+    pthread_mutex_lock(&ft.lock);
+    if (!ft.loaded) {
+        pthread_mutex_unlock(&ft.lock);
+        *buf = PLACEHOLDER_KIND;
+        return 1;
+    }
+    while (ft.ring.head == ft.ring.tail && !ft.promote) {
+        ft.starving = true;
+        ft_wake_io();
+        pthread_cond_wait(&ft.data, &ft.lock);
+    }
+    ft.starving = false;
+    ft.progress_ns = ft_now_ns();
+    ft.icount = q.replay_state->current_icount;
+    if (ft.ring.head == ft.ring.tail) {
+        /* The agent feeds whole events only, so the end is where the next
+         * event's kind is read. */
+        pthread_mutex_unlock(&ft.lock);
+        ft_go_live();
+        *buf = LAST_KIND;
+        return 1;
+    }
+    n = take(buf, size);
+    pthread_mutex_unlock(&ft.lock);
+    if (kind && (uint8_t)*buf >= FIRST_CHECKPOINT_KIND) {
+        /* It is the main loop's: do not let it sleep over it. */
+        q.qemu_notify_event();
+    }
+    return n;
+}
+
+/* replay_post_load() seeks to where the primary's file was: the load of the
+ * state is at its "replay" section. */
+static int replay_seek(void *cookie, off64_t *offset, int whence)
+{
+    (void)cookie;
+    (void)whence;
+    *offset = 0;
+    return 0;
+}
+
+/* The VM starts: from here on the events are those of the log. Called in
+ * vm_start, before any other handler of it. */
+void ft_replay_begin(void)
+{
+    pthread_mutex_lock(&ft.lock);
+    ft.loaded = true;
+    ft.progress_ns = ft_now_ns();
+    pthread_mutex_unlock(&ft.lock);
+    q.replay_state->current_icount = q.replay_get_current_icount();
+    q.replay_state->instruction_count = 0;
+    q.replay_state->has_unread_data = false;
+    q.replay_fetch_data_kind();
+}
+
+FILE *ft_stream_open(bool read)
+{
+    cookie_io_functions_t io = {
+        .read = read ? replay_read : NULL,
+        .write = read ? NULL : record_write,
+        .seek = read ? replay_seek : record_seek,
+    };
+    FILE *f = fopencookie(&ft, read ? "r" : "w", io);
+
+    if (f) {
+        setvbuf(f, NULL, _IONBF, 0);
+    }
+    return f;
+}
+
+FILE *ft_stream_null(void)
+{
+    cookie_io_functions_t io = { .write = null_write, .seek = replay_seek };
+    FILE *f = fopencookie(&ft, "w", io);
+
+    if (f) {
+        setvbuf(f, NULL, _IONBF, 0);
+    }
+    return f;
+}
+
+/*
+ * In-place go-live, inside the read of the end of the log: the caller holds
+ * the replay mutex, so that nobody else looks at the mode. Requests that wait
+ * for their event in the log complete as this side's own from here on.
+ */
+void ft_go_live(void)
+{
+    int64_t logged = q.replay_state->cached_clock[REPLAY_CLOCK_VIRTUAL_RT];
+    int64_t lag = logged - q.cpu_get_clock();
+    FILE *null = ft_stream_null();
+
+    if (lag > 0) {
+        /* Otherwise virtual time would stand still until this host's clock
+         * has caught up with the primary's. */
+        __atomic_add_fetch(&q.timers_state->cpu_clock_offset, lag,
+                           __ATOMIC_SEQ_CST);
+    }
+    /* The old stream is in use by the caller: it is left open. */
+    *q.replay_file = null;
+    *q.replay_mode = Q_REPLAY_RECORD;
+
+    pthread_mutex_lock(&ft.lock);
+    ft.mode = FT_LIVE;
+    ft.promote = false;
+    ft_send_state("the log is consumed");
+    pthread_mutex_unlock(&ft.lock);
+    q.qemu_notify_event();
+}

@@ -1,0 +1,142 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Every symbol that ftvirt.so takes from the QEMU that loads it, with why.
+ * Distribution builds of QEMU export them all, because their modules need it.
+ * Resolved by dlsym; one that is missing makes the plugin refuse to load.
+ */
+#ifndef FTVIRT_SYMBOLS_H
+#define FTVIRT_SYMBOLS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <sys/types.h>
+
+/* replay/replay-internal.h: struct ReplayState; compared in check.c. */
+struct q_replay_state {
+    int64_t cached_clock[2]; /* HOST, VIRTUAL_RT */
+    uint64_t current_icount;
+    int instruction_count;
+    unsigned int current_event;
+    unsigned int data_kind;
+    bool has_unread_data;
+    uint64_t file_offset;
+    uint64_t block_request_id;
+    uint64_t read_event_id;
+};
+
+/* include/system/cpu-timers-internal.h: struct TimersState, its first part. */
+struct q_timers_state {
+    int64_t cpu_ticks_prev;
+    int64_t cpu_ticks_offset;
+    unsigned seqlock;
+    int spin;
+    int16_t cpu_ticks_enabled;
+    int16_t icount_time_shift;
+    int64_t last_delta;
+    int64_t qemu_icount_bias;
+    int64_t vm_clock_warp_start;
+    int64_t cpu_clock_offset;
+    int64_t qemu_icount;
+};
+
+/* include/qom/object.h: struct ObjectClass is 96 bytes; include/net/filter.h. */
+struct q_netfilter_class {
+    uint8_t parent_class[96];
+    void *setup, *cleanup, *status_changed, *handle_event;
+    ssize_t (*receive_iov)(void *nf, void *sender, unsigned flags,
+                           const void *iov, int iovcnt, void *sent_cb);
+};
+
+/* include/net/filter.h: struct NetFilterState, its first part. */
+struct q_netfilter_state {
+    uint8_t parent[40];
+    char *netdev_id;
+    void *netdev;
+};
+
+/* include/qemu/notify.h */
+struct q_notifier {
+    int (*notify)(struct q_notifier *, void *data, void **errp);
+    void *node[2];
+};
+
+enum { Q_REPLAY_NONE = 0, Q_REPLAY_RECORD = 1, Q_REPLAY_PLAY = 2 };
+enum { Q_CLOCK_REALTIME = 0, Q_CLOCK_VIRTUAL = 1, Q_CLOCK_HOST = 2,
+       Q_CLOCK_VIRTUAL_RT = 3 };
+enum { Q_NET_CLIENT_DRIVER_NIC = 1 };
+enum { Q_MIG_EVENT_PRECOPY_DONE = 1, Q_MIG_EVENT_PRECOPY_FAILED = 2 };
+enum { Q_RUN_STATE_PAUSED = 4 };
+enum { Q_CHAR_FEATURE_REPLAY = 2 };
+enum { Q_TIMER_ATTR_ALL = -1 };
+
+/* X(return type, name, arguments, why) */
+#define FT_FUNCTIONS(X) \
+    X(uint64_t, replay_get_current_icount, (void), "position of the guest in its execution") \
+    X(void, replay_mutex_lock, (void), "held by the main loop in record and replay") \
+    X(void, replay_mutex_unlock, (void), "released when a mode is left") \
+    X(bool, replay_mutex_locked, (void), "what the caller holds") \
+    X(void, replay_finish_events, (void), "runs queued events when record is left") \
+    X(void, replay_enable_events, (void), "queues events when record is entered") \
+    X(bool, replay_events_enabled, (void), "asserted at the switch") \
+    X(bool, replay_has_events, (void), "asserted empty at the switch") \
+    X(void, replay_save_instructions, (void), "logs the instructions up to an output") \
+    X(void, replay_fetch_data_kind, (void), "first event at the backup's start") \
+    X(void, replay_register_char_driver, (void *chr), "libvirt's -chardev is not recorded otherwise") \
+    X(void, bql_lock_impl, (const char *file, int line), "QEMU's big lock") \
+    X(void, bql_unlock, (void), "QEMU's big lock") \
+    X(bool, bql_locked, (void), "what the caller holds") \
+    X(void *, qemu_get_aio_context, (void), "main loop, to run things in it") \
+    X(void, aio_bh_schedule_oneshot_full, (void *ctx, void (*cb)(void *), void *opaque, const char *name), "runs things in the main loop") \
+    X(void *, qemu_add_vm_change_state_handler_prio, (void (*cb)(void *, bool, int), void *opaque, int prio), "the stop and the start of the VM") \
+    X(void, migration_add_notifier, (struct q_notifier *n, int (*f)(struct q_notifier *, void *, void **)), "the end of the clone") \
+    X(void, qmp_cont, (void **errp), "resumes after the clone, disks reactivated") \
+    X(int, vm_stop, (int state), "short stop to leave record") \
+    X(void, vm_start, (void), "end of the short stop") \
+    X(bool, runstate_is_running, (void), "whether a short stop is needed") \
+    X(void, bdrv_drain_all, (void), "requests in flight end before idle") \
+    X(void, run_on_cpu, (void *cpu, void (*f)(void *, uint64_t), uint64_t arg), "modes change in the vCPU thread, where it holds no replay lock") \
+    X(void, tlb_flush, (void *cpu), "both sides start with an empty TLB") \
+    X(void, qemu_notify_event, (void), "wakes the main loop") \
+    X(int64_t, cpu_get_clock, (void), "clock of the VM, adjusted at go-live") \
+    X(void, qemu_clock_enable, (int type, bool enabled), "due timers run before the state is saved") \
+    X(bool, qemu_clock_run_timers, (int type), "due timers run before the state is saved") \
+    X(int64_t, qemu_clock_deadline_ns_all, (int type, int attrs), "no timer is due at the switch; livelock watch") \
+    X(int, qemu_find_net_clients_except, (const char *id, void **ncs, int type, int max), "NICs whose queues are emptied") \
+    X(void *, qemu_find_netdev, (const char *id), "layout check of the filter") \
+    X(void, qemu_purge_queued_packets, (void *nc), "packets queued while stopped were not recorded") \
+    X(ssize_t, qemu_netfilter_pass_to_next, (void *sender, unsigned flags, const void *iov, int iovcnt, void *nf), "lets a gated packet go") \
+    X(void *, object_class_by_name, (const char *name), "class filter-replay, for the gate") \
+    X(void *, object_resolve_path, (const char *path, bool *ambiguous), "chardevs and virtio devices") \
+    X(int, object_child_foreach, (void *obj, int (*f)(void *, void *), void *opaque), "chardevs") \
+    X(int, object_child_foreach_recursive, (void *obj, int (*f)(void *, void *), void *opaque), "virtio devices") \
+    X(void *, object_dynamic_cast, (void *obj, const char *type), "virtio devices") \
+    X(const char *, object_get_canonical_path_component, (void *obj), "names of chardevs") \
+    X(void, qemu_chr_set_feature, (void *chr, int feature), "marks guest-facing chardevs as recorded") \
+    X(void, virtio_queue_invalidate_signalled_used, (void *vdev, int n), "as a load of the state does") \
+    X(void *, qmp_query_version, (void **errp), "the version of QEMU") \
+    X(const char *, error_get_pretty, (void *err), "messages") \
+    X(void, error_free, (void *err), "messages")
+
+/* X(type, name, why) */
+#define FT_VARIABLES(X) \
+    X(int, replay_mode, "switched in place") \
+    X(FILE *, replay_file, "the log, made a stream in memory") \
+    X(struct q_replay_state, replay_state, "counters set at the switch") \
+    X(struct q_timers_state, timers_state, "clock offset at go-live") \
+    X(void *, cpus_queue, "the vCPU")
+
+struct q_symbols {
+#define X(ret, name, args, why) ret (*name) args;
+    FT_FUNCTIONS(X)
+#undef X
+#define X(type, name, why) type *name;
+    FT_VARIABLES(X)
+#undef X
+};
+
+extern struct q_symbols q;
+
+#define q_bql_lock() q.bql_lock_impl(__FILE__, __LINE__)
+
+#endif

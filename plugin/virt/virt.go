@@ -1,0 +1,435 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package virt is the only package that speaks to libvirt. Each call has a
+// time limit: one that libvirtd or a QEMU does not answer is left behind and
+// fails with ErrTimeout, so that no caller waits for a blocked monitor.
+package virt
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"libvirt.org/go/libvirt"
+
+	"ftvirt.org/ftvirt/plugin"
+)
+
+// Errors of this package; libvirt's own are wrapped as libvirt.Error.
+var (
+	ErrTimeout  = errors.New("libvirt did not answer in time")
+	ErrNoDomain = errors.New("no such domain")
+	ErrBusy     = errors.New("too many libvirt calls are left unanswered")
+	ErrMonitor  = errors.New("QEMU monitor")
+)
+
+// DefaultTimeout bounds a call whose context has no earlier deadline.
+const DefaultTimeout = 10 * time.Second
+
+// maxStuck is how many unanswered calls are tolerated before further ones fail
+// at once; each holds a thread.
+const maxStuck = 32
+
+// Info is what the agent needs to know of a domain.
+type Info struct {
+	UUID       plugin.UUID
+	Name       string
+	Active     bool // it has a QEMU
+	Running    bool // and its vCPU is not paused
+	Persistent bool
+}
+
+// Stopped tells how a domain ended.
+type Stopped struct {
+	UUID plugin.UUID
+	Name string
+	// Deliberate: shut down, destroyed, saved or migrated, not crashed.
+	Deliberate bool
+	Detail     string
+}
+
+// Events are called from libvirt's event loop: they must not block, and must
+// not call libvirt.
+type Events struct {
+	Started         func(Info)
+	Stopped         func(Stopped)
+	MetadataChanged func(plugin.UUID)
+	// Reconnected is called after libvirtd came back.
+	Reconnected func()
+}
+
+var startLoop = sync.OnceValue(func() error {
+	if err := libvirt.EventRegisterDefaultImpl(); err != nil {
+		return err
+	}
+	go func() {
+		for {
+			// It returns an error only when one iteration failed.
+			_ = libvirt.EventRunDefaultImpl()
+		}
+	}()
+	return nil
+})
+
+// Conn is a connection to one libvirtd that is made again when it breaks.
+type Conn struct {
+	uri    string
+	events Events
+	stuck  chan struct{}
+
+	mu   sync.Mutex
+	conn *libvirt.Connect
+}
+
+// Open prepares a connection to the libvirtd at uri and tries it once.
+func Open(ctx context.Context, uri string, events Events) (*Conn, error) {
+	if err := startLoop(); err != nil {
+		return nil, fmt.Errorf("libvirt event loop: %w", err)
+	}
+	c := &Conn{uri: uri, events: events, stuck: make(chan struct{}, maxStuck)}
+	if _, err := call(ctx, c, "connect", func(*libvirt.Connect) (struct{}, error) { return struct{}{}, nil }); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// Close ends the connection; domains stay as they are.
+func (c *Conn) Close() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.drop()
+}
+
+func (c *Conn) drop() {
+	if c.conn != nil {
+		_, _ = c.conn.Close()
+		c.conn = nil
+	}
+}
+
+// get returns a live connection. It may block in libvirt, so it runs inside a
+// call's goroutine only.
+func (c *Conn) get() (*libvirt.Connect, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.conn != nil {
+		if alive, err := c.conn.IsAlive(); err == nil && alive {
+			return c.conn, nil
+		}
+		c.drop()
+	}
+	conn, err := libvirt.NewConnect(c.uri)
+	if err != nil {
+		return nil, err
+	}
+	// Five unanswered probes, one a second, end the connection.
+	if err := conn.SetKeepAlive(1, 5); err != nil {
+		_, _ = conn.Close()
+		return nil, err
+	}
+	if err := c.register(conn); err != nil {
+		_, _ = conn.Close()
+		return nil, err
+	}
+	c.conn = conn
+	if c.events.Reconnected != nil {
+		c.events.Reconnected()
+	}
+	return conn, nil
+}
+
+func (c *Conn) register(conn *libvirt.Connect) error {
+	_, err := conn.DomainEventLifecycleRegister(nil, func(_ *libvirt.Connect, d *libvirt.Domain, e *libvirt.DomainEventLifecycle) {
+		c.lifecycle(d, e)
+	})
+	if err != nil {
+		return err
+	}
+	_, err = conn.DomainEventMetadataChangeRegister(nil, func(_ *libvirt.Connect, d *libvirt.Domain, _ *libvirt.DomainEventMetadataChange) {
+		if id, err := uuidOf(d); err == nil && c.events.MetadataChanged != nil {
+			c.events.MetadataChanged(id)
+		}
+	})
+	return err
+}
+
+func (c *Conn) lifecycle(d *libvirt.Domain, e *libvirt.DomainEventLifecycle) {
+	id, err := uuidOf(d)
+	if err != nil {
+		return
+	}
+	name, _ := d.GetName()
+	switch e.Event {
+	case libvirt.DOMAIN_EVENT_STARTED:
+		if c.events.Started != nil {
+			c.events.Started(Info{UUID: id, Name: name, Active: true})
+		}
+	case libvirt.DOMAIN_EVENT_STOPPED:
+		if c.events.Stopped == nil {
+			return
+		}
+		detail := libvirt.DomainEventStoppedDetailType(e.Detail)
+		c.events.Stopped(Stopped{
+			UUID: id, Name: name, Detail: stoppedDetail(detail),
+			Deliberate: detail != libvirt.DOMAIN_EVENT_STOPPED_CRASHED && detail != libvirt.DOMAIN_EVENT_STOPPED_FAILED,
+		})
+	}
+}
+
+func stoppedDetail(d libvirt.DomainEventStoppedDetailType) string {
+	switch d {
+	case libvirt.DOMAIN_EVENT_STOPPED_SHUTDOWN:
+		return "shut down"
+	case libvirt.DOMAIN_EVENT_STOPPED_DESTROYED:
+		return "destroyed"
+	case libvirt.DOMAIN_EVENT_STOPPED_CRASHED:
+		return "crashed"
+	case libvirt.DOMAIN_EVENT_STOPPED_MIGRATED:
+		return "migrated"
+	case libvirt.DOMAIN_EVENT_STOPPED_SAVED:
+		return "saved"
+	case libvirt.DOMAIN_EVENT_STOPPED_FAILED:
+		return "failed"
+	default:
+		return fmt.Sprintf("stopped (detail %d)", d)
+	}
+}
+
+func uuidOf(d *libvirt.Domain) (plugin.UUID, error) {
+	var id plugin.UUID
+	raw, err := d.GetUUID()
+	if err != nil {
+		return id, err
+	}
+	copy(id[:], raw)
+	return id, nil
+}
+
+// call runs f with a connection, in a goroutine that is left behind when ctx
+// or the time limit ends first.
+func call[T any](ctx context.Context, c *Conn, what string, f func(*libvirt.Connect) (T, error)) (T, error) {
+	var zero T
+	ctx, cancel := context.WithTimeout(ctx, DefaultTimeout)
+	defer cancel()
+	select {
+	case c.stuck <- struct{}{}:
+	default:
+		return zero, fmt.Errorf("%s: %w", what, ErrBusy)
+	}
+	type result struct {
+		v   T
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		defer func() { <-c.stuck }()
+		conn, err := c.get()
+		var v T
+		if err == nil {
+			v, err = f(conn)
+		}
+		done <- result{v, err}
+	}()
+	select {
+	case r := <-done:
+		if errors.Is(r.err, libvirt.ERR_NO_DOMAIN) {
+			return zero, fmt.Errorf("%s: %w", what, ErrNoDomain)
+		}
+		if r.err != nil {
+			return zero, fmt.Errorf("%s: %w", what, r.err)
+		}
+		return r.v, nil
+	case <-ctx.Done():
+		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			return zero, fmt.Errorf("%s: %w", what, ErrTimeout)
+		}
+		return zero, fmt.Errorf("%s: %w", what, ctx.Err())
+	}
+}
+
+// withDomain runs f on a domain and frees it.
+func withDomain[T any](ctx context.Context, c *Conn, id plugin.UUID, what string, f func(*libvirt.Domain) (T, error)) (T, error) {
+	return call(ctx, c, what, func(conn *libvirt.Connect) (T, error) {
+		d, err := conn.LookupDomainByUUID(id[:])
+		if err != nil {
+			var zero T
+			return zero, err
+		}
+		defer func() { _ = d.Free() }()
+		return f(d)
+	})
+}
+
+func info(d *libvirt.Domain) (Info, error) {
+	var i Info
+	var err error
+	if i.UUID, err = uuidOf(d); err != nil {
+		return i, err
+	}
+	if i.Name, err = d.GetName(); err != nil {
+		return i, err
+	}
+	if i.Persistent, err = d.IsPersistent(); err != nil {
+		return i, err
+	}
+	state, _, err := d.GetState()
+	if err != nil {
+		return i, err
+	}
+	i.Active = state != libvirt.DOMAIN_SHUTOFF && state != libvirt.DOMAIN_CRASHED && state != libvirt.DOMAIN_NOSTATE
+	i.Running = state == libvirt.DOMAIN_RUNNING || state == libvirt.DOMAIN_BLOCKED
+	return i, nil
+}
+
+// Find looks a domain up by name or by UUID, as virsh does.
+func (c *Conn) Find(ctx context.Context, name string) (Info, error) {
+	return call(ctx, c, "domain "+name, func(conn *libvirt.Connect) (Info, error) {
+		d, err := conn.LookupDomainByName(name)
+		if id, perr := plugin.ParseUUID(name); err != nil && perr == nil {
+			d, err = conn.LookupDomainByUUID(id[:])
+		}
+		if err != nil {
+			return Info{}, err
+		}
+		defer func() { _ = d.Free() }()
+		return info(d)
+	})
+}
+
+// Lookup tells about one domain.
+func (c *Conn) Lookup(ctx context.Context, id plugin.UUID) (Info, error) {
+	return withDomain(ctx, c, id, "domain "+id.String(), info)
+}
+
+// List gives all domains, running or not.
+func (c *Conn) List(ctx context.Context) ([]Info, error) {
+	return call(ctx, c, "list domains", func(conn *libvirt.Connect) ([]Info, error) {
+		all, err := conn.ListAllDomains(0)
+		if err != nil {
+			return nil, err
+		}
+		var list []Info
+		for i := range all {
+			d, err := info(&all[i])
+			_ = all[i].Free()
+			if err == nil {
+				list = append(list, d)
+			}
+		}
+		return list, nil
+	})
+}
+
+// XML gives the domain's description: of the running domain, or with inactive
+// of the persistent definition.
+func (c *Conn) XML(ctx context.Context, id plugin.UUID, inactive bool) (string, error) {
+	flags := libvirt.DOMAIN_XML_SECURE
+	if inactive {
+		flags |= libvirt.DOMAIN_XML_INACTIVE
+	}
+	return withDomain(ctx, c, id, "description of "+id.String(), func(d *libvirt.Domain) (string, error) {
+		return d.GetXMLDesc(flags)
+	})
+}
+
+// Define makes or replaces a persistent definition.
+func (c *Conn) Define(ctx context.Context, xml string) (Info, error) {
+	return call(ctx, c, "define", func(conn *libvirt.Connect) (Info, error) {
+		d, err := conn.DomainDefineXMLFlags(xml, libvirt.DOMAIN_DEFINE_VALIDATE)
+		if err != nil {
+			return Info{}, err
+		}
+		defer func() { _ = d.Free() }()
+		return info(d)
+	})
+}
+
+// Create starts a transient domain, paused.
+func (c *Conn) Create(ctx context.Context, xml string) (Info, error) {
+	return call(ctx, c, "create", func(conn *libvirt.Connect) (Info, error) {
+		d, err := conn.DomainCreateXML(xml, libvirt.DOMAIN_START_PAUSED)
+		if err != nil {
+			return Info{}, err
+		}
+		defer func() { _ = d.Free() }()
+		return info(d)
+	})
+}
+
+// Start starts a persistent domain.
+func (c *Conn) Start(ctx context.Context, id plugin.UUID) error {
+	_, err := withDomain(ctx, c, id, "start "+id.String(), func(d *libvirt.Domain) (struct{}, error) {
+		return struct{}{}, d.Create()
+	})
+	return err
+}
+
+// Destroy ends the domain's QEMU at once. A domain that is not running is no
+// error.
+func (c *Conn) Destroy(ctx context.Context, id plugin.UUID) error {
+	_, err := withDomain(ctx, c, id, "destroy "+id.String(), func(d *libvirt.Domain) (struct{}, error) {
+		return struct{}{}, d.Destroy()
+	})
+	if errors.Is(err, ErrNoDomain) || errors.Is(err, libvirt.ERR_OPERATION_INVALID) {
+		return nil
+	}
+	return err
+}
+
+// SetMetadata writes the element of a namespace, in the running domain and, if
+// it has one, in its persistent definition; an empty xml removes it.
+func (c *Conn) SetMetadata(ctx context.Context, i Info, key, uri, xml string) error {
+	flags := libvirt.DOMAIN_AFFECT_CURRENT
+	if i.Persistent {
+		flags = libvirt.DOMAIN_AFFECT_CONFIG
+		if i.Active {
+			flags |= libvirt.DOMAIN_AFFECT_LIVE
+		}
+	}
+	_, err := withDomain(ctx, c, i.UUID, "metadata of "+i.Name, func(d *libvirt.Domain) (struct{}, error) {
+		return struct{}{}, d.SetMetadata(libvirt.DOMAIN_METADATA_ELEMENT, xml, key, uri, flags)
+	})
+	return err
+}
+
+// Monitor sends one QMP command through libvirt and decodes what it returns
+// into out, unless that is nil. An error of QEMU wraps ErrMonitor.
+// See https://libvirt.org/html/libvirt-libvirt-qemu.html#virDomainQemuMonitorCommand
+func (c *Conn) Monitor(ctx context.Context, id plugin.UUID, command string, args, out any) error {
+	request, err := json.Marshal(struct {
+		Execute   string `json:"execute"`
+		Arguments any    `json:"arguments,omitempty"`
+	}{command, args})
+	if err != nil {
+		return fmt.Errorf("%s: %w", command, err)
+	}
+	answer, err := withDomain(ctx, c, id, command, func(d *libvirt.Domain) (string, error) {
+		return d.QemuMonitorCommand(string(request), libvirt.DOMAIN_QEMU_MONITOR_COMMAND_DEFAULT)
+	})
+	if err != nil {
+		return err
+	}
+	var reply struct {
+		Return json.RawMessage `json:"return"`
+		Error  *struct {
+			Class string `json:"class"`
+			Desc  string `json:"desc"`
+		} `json:"error"`
+	}
+	if err := json.Unmarshal([]byte(answer), &reply); err != nil {
+		return fmt.Errorf("%s: %w", command, err)
+	}
+	if reply.Error != nil {
+		return fmt.Errorf("%w: %s: %s", ErrMonitor, command, reply.Error.Desc)
+	}
+	if out == nil {
+		return nil
+	}
+	if err := json.Unmarshal(reply.Return, out); err != nil {
+		return fmt.Errorf("%s: %w", command, err)
+	}
+	return nil
+}
