@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package guest
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	"debug/elf"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Artifacts are the files of a built guest, all absolute paths.
+type Artifacts struct {
+	Kernel       string // bzImage
+	Initrd       string // gzip-compressed cpio
+	DiskTemplate string // raw image with an empty ext4; copy it with NewDisk
+}
+
+// DiskSize is the size of the data disk in bytes. A replica is seeded by
+// copying it, so it is no larger than the tests need.
+const DiskSize = 64 << 20
+
+// buildVersion is part of the cache key: raise it when Build changes what it
+// produces from the same sources.
+const buildVersion = "1"
+
+// kernelPackage is Debian's kernel for virtual machines; the package that it
+// depends on holds the image.
+const kernelPackage = "linux-image-cloud-amd64"
+
+// rootModules are what the guest needs beyond the kernel's built-in drivers;
+// modulesFor adds what they depend on.
+var rootModules = []string{"virtio_pci", "virtio_blk", "virtio_net", "ext4", "button", "evdev"}
+
+// optionalModules are needed by some Debian releases' kernels only, and by
+// name at run time, so no dependency leads to them.
+var optionalModules = []string{"crc32c_generic", "crc32c-cryptoapi"}
+
+// Build makes the guest in dir, or returns at once when dir holds one made
+// from the same sources. It needs the network only through apt, for the
+// kernel package. Several processes may build in the same dir; one does.
+func Build(ctx context.Context, dir string) (Artifacts, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return Artifacts{}, err
+	}
+	busybox, err := findBusybox()
+	if err != nil {
+		return Artifacts{}, err
+	}
+	key := cacheKey(busybox)
+	final := filepath.Join(dir, key)
+	artifacts := Artifacts{
+		Kernel:       filepath.Join(final, "vmlinuz"),
+		Initrd:       filepath.Join(final, "initrd.gz"),
+		DiskTemplate: filepath.Join(final, "disk.raw"),
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return Artifacts{}, err
+	}
+	unlock, err := lockFile(ctx, filepath.Join(dir, ".lock"))
+	if err != nil {
+		return Artifacts{}, err
+	}
+	defer unlock()
+	if _, err := os.Stat(final); err == nil {
+		return artifacts, nil
+	}
+
+	work, err := os.MkdirTemp(dir, ".work-")
+	if err != nil {
+		return Artifacts{}, err
+	}
+	defer func() { _ = os.RemoveAll(work) }()
+	if err := build(ctx, work, busybox); err != nil {
+		return Artifacts{}, fmt.Errorf("build guest: %w", err)
+	}
+	// The rename makes a guest appear whole or not at all.
+	if err := os.Rename(filepath.Join(work, "out"), final); err != nil {
+		return Artifacts{}, fmt.Errorf("build guest: %w", err)
+	}
+	return artifacts, nil
+}
+
+func build(ctx context.Context, work string, busybox []byte) error {
+	out := filepath.Join(work, "out")
+	if err := os.Mkdir(out, 0o755); err != nil {
+		return err
+	}
+	root, release, err := fetchKernel(ctx, work)
+	if err != nil {
+		return err
+	}
+	kernel, err := os.ReadFile(filepath.Join(root, "boot", "vmlinuz-"+release))
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(out, "vmlinuz"), kernel, 0o644); err != nil {
+		return err
+	}
+	program, err := compileProgram(ctx, work)
+	if err != nil {
+		return err
+	}
+	modules, err := modulesFor(ctx, root, release)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(out, "initrd.gz"), initramfs(busybox, program, modules), 0o644); err != nil {
+		return err
+	}
+	return makeDisk(ctx, filepath.Join(out, "disk.raw"))
+}
+
+// NewDisk copies the template to path, which must not exist, in qemu-img's
+// format "raw" or "qcow2".
+func (a Artifacts) NewDisk(ctx context.Context, path, format string) error {
+	if format != "raw" && format != "qcow2" {
+		return fmt.Errorf("disk format %q: want raw or qcow2", format)
+	}
+	if _, err := os.Lstat(path); err == nil {
+		return fmt.Errorf("new disk %s: %w", path, os.ErrExist)
+	}
+	_, err := run(ctx, "", "qemu-img", "convert", "-q", "-f", "raw", "-O", format, a.DiskTemplate, path)
+	return err
+}
+
+func cacheKey(busybox []byte) string {
+	h := sha256.New()
+	for _, part := range [][]byte{[]byte(buildVersion), programSource, initScript, busybox} {
+		_, _ = fmt.Fprintf(h, "%d\n", len(part)) // a hash never fails
+		h.Write(part)
+	}
+	return hex.EncodeToString(h.Sum(nil))[:16]
+}
+
+// findBusybox returns the host's busybox, which must be static: the initramfs
+// has no C library.
+func findBusybox() ([]byte, error) {
+	path, err := findTool("busybox")
+	if err != nil {
+		return nil, err
+	}
+	content, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	file, err := elf.NewFile(bytes.NewReader(content))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	for _, p := range file.Progs {
+		if p.Type == elf.PT_INTERP {
+			return nil, fmt.Errorf("%w: %s is linked dynamically, busybox-static is wanted", ErrMissingTool, path)
+		}
+	}
+	return content, nil
+}
+
+// fetchKernel downloads Debian's kernel package into work and unpacks it
+// there; nothing is installed.
+func fetchKernel(ctx context.Context, work string) (root, release string, err error) {
+	depends, err := run(ctx, "", "apt-cache", "depends", "--important", kernelPackage)
+	if err != nil {
+		return "", "", err
+	}
+	var image string
+	for line := range strings.Lines(string(depends)) {
+		if name, ok := strings.CutPrefix(strings.TrimSpace(line), "Depends: linux-image-"); ok {
+			image, release = "linux-image-"+name, name
+			break
+		}
+	}
+	if image == "" {
+		return "", "", fmt.Errorf("apt knows no dependency of %s (run 'make deps', which updates apt's lists)", kernelPackage)
+	}
+	// As root, apt would drop to a user who may not write here.
+	if _, err := run(ctx, work, "apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", image); err != nil {
+		return "", "", err
+	}
+	debs, err := filepath.Glob(filepath.Join(work, "*.deb"))
+	if err != nil || len(debs) != 1 {
+		return "", "", fmt.Errorf("apt-get download %s left %d packages, want 1", image, len(debs))
+	}
+	root = filepath.Join(work, "root")
+	if _, err := run(ctx, "", "dpkg-deb", "-x", debs[0], root); err != nil {
+		return "", "", err
+	}
+	return root, release, nil
+}
+
+func compileProgram(ctx context.Context, work string) ([]byte, error) {
+	source, binary := filepath.Join(work, "ftguest.c"), filepath.Join(work, "ftguest")
+	if err := os.WriteFile(source, programSource, 0o644); err != nil {
+		return nil, err
+	}
+	if _, err := run(ctx, "", "gcc", "-static", "-Os", "-s", "-Wall", "-Wextra", "-Werror", "-o", binary, source); err != nil {
+		return nil, err
+	}
+	return os.ReadFile(binary)
+}
+
+// makeDisk makes the template with a fixed UUID and hash seed, so that two
+// templates differ only in their time stamps.
+func makeDisk(ctx context.Context, path string) error {
+	const id = "f7000000-0000-4000-8000-000000000001"
+	if err := os.WriteFile(path, nil, 0o644); err != nil {
+		return err
+	}
+	if err := os.Truncate(path, DiskSize); err != nil {
+		return err
+	}
+	// Without lazy initialisation no kernel thread writes behind the tests.
+	_, err := run(ctx, "", "mkfs.ext4", "-q", "-F", "-L", "ftdata", "-U", id, "-b", "4096", "-J", "size=4",
+		"-E", "hash_seed="+id+",lazy_itable_init=0,lazy_journal_init=0", path)
+	return err
+}
+
+func initramfs(busybox, program []byte, modules []module) []byte {
+	var archive cpio
+	for _, dir := range []string{"bin", "lib", "lib/modules", "dev"} {
+		archive.dir(dir)
+	}
+	archive.device("dev/console", 5, 1)
+	archive.file("init", 0o755, initScript)
+	archive.file("bin/busybox", 0o755, busybox)
+	archive.file("bin/ftguest", 0o755, program)
+	var order strings.Builder
+	for _, m := range modules {
+		archive.file("lib/modules/"+m.file(), 0o644, m.content)
+		order.WriteString(m.file() + "\n")
+	}
+	archive.file("lib/modules/order", 0o644, []byte(order.String()))
+
+	var compressed bytes.Buffer
+	z, _ := gzip.NewWriterLevel(&compressed, gzip.BestCompression) // the level is valid
+	_, _ = z.Write(archive.bytes())                                // a buffer never fails
+	_ = z.Close()
+	return compressed.Bytes()
+}
+
+// lockFile takes an exclusive lock, polling so that ctx can end the wait.
+func lockFile(ctx context.Context, path string) (unlock func(), err error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { _ = f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			_ = f.Close()
+			return nil, fmt.Errorf("lock %s: %w", path, err)
+		}
+		if err := pause(ctx); err != nil {
+			_ = f.Close()
+			return nil, fmt.Errorf("lock %s: %w", path, err)
+		}
+	}
+}
