@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package arbiter
+
+import "fmt"
+
+// Decision answers whether a host may start a domain.
+type Decision uint8
+
+const (
+	// StartRefused: starting here could make a second live copy.
+	StartRefused Decision = iota
+	// StartAllowed: nothing speaks against it.
+	StartAllowed
+	// StartAfterAcquire: allowed once Acquire for the record's epoch gave nil.
+	StartAfterAcquire
+)
+
+func (d Decision) String() string {
+	switch d {
+	case StartAllowed:
+		return "allowed"
+	case StartAfterAcquire:
+		return "after acquire"
+	default:
+		return "refused"
+	}
+}
+
+// Verdict is a Decision with its reason, as a person should read it.
+type Verdict struct {
+	Decision Decision
+	Reason   string
+}
+
+// MayStart answers "may host start the domain of rec?", from the newest record
+// alone. The zero Record means that there is none. asBackup tells that the
+// copy to be started replays a primary's log and cannot be seen from outside.
+//
+// The zero Verdict refuses.
+func MayStart(rec Record, host string, asBackup bool) Verdict {
+	switch {
+	case rec.Epoch == 0:
+		return Verdict{StartAllowed, "the domain is not protected"}
+	case rec.Closed:
+		return Verdict{StartAllowed, fmt.Sprintf("the pair was powered off on purpose in epoch %d", rec.Epoch)}
+	case rec.Owner != "" && rec.Owner == host:
+		return Verdict{StartAllowed, fmt.Sprintf("this host owns the domain since epoch %d", rec.Epoch)}
+	case rec.Owner != "":
+		return Verdict{StartRefused, fmt.Sprintf(
+			"host %s owns the domain since epoch %d; the copy here is stale. Start it there, or run 'ftvirt disable' there first",
+			rec.Owner, rec.Epoch)}
+	case asBackup && host != "" && host == rec.Backup:
+		return Verdict{StartAllowed, fmt.Sprintf("this host is the backup of epoch %d", rec.Epoch)}
+	case !rec.Member(host):
+		return Verdict{StartRefused, fmt.Sprintf(
+			"epoch %d is undecided between hosts %s and %s; this host is neither", rec.Epoch, rec.Primary, rec.Backup)}
+	default:
+		return Verdict{StartAfterAcquire, fmt.Sprintf(
+			"epoch %d is undecided between hosts %s and %s; it must be acquired first", rec.Epoch, rec.Primary, rec.Backup)}
+	}
+}
