@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package config reads ftvirt.toml, the one configuration file of a host.
+//
+// Reading is strict: a key that ftvirt does not know is an error that names the
+// key and its line, since a misspelt timeout that is silently ignored is found
+// out during a failover. ftvirt.toml.example at the top of the repository
+// explains every key.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+)
+
+const (
+	// DefaultPath is where Path looks unless the environment says otherwise.
+	DefaultPath = "/etc/ftvirt/ftvirt.toml"
+	// PathEnv names the environment variable that overrides DefaultPath.
+	PathEnv = "FTVIRT_CONFIG"
+)
+
+// Path gives the file that Load should read on this host.
+func Path() string {
+	if p := os.Getenv(PathEnv); p != "" {
+		return p
+	}
+	return DefaultPath
+}
+
+// Config is the content of ftvirt.toml.
+type Config struct {
+	// Host is this host's name, as the other hosts' [peers.NAME] call it.
+	Host string `toml:"host"`
+	// LibvirtURI is the libvirt connection of the agent.
+	LibvirtURI string `toml:"libvirt_uri"`
+
+	Agent     Agent           `toml:"agent"`
+	Channel   Channel         `toml:"channel"`
+	Heartbeat Heartbeat       `toml:"heartbeat"`
+	Arbiter   Arbiter         `toml:"arbiter"`
+	Clone     Clone           `toml:"clone"`
+	Replay    Replay          `toml:"replay"`
+	Peers     map[string]Peer `toml:"peers"`
+}
+
+// Agent configures the process that serves this host.
+type Agent struct {
+	// RunDir holds sockets, StateDir what must survive a reboot.
+	RunDir   string `toml:"run_dir"`
+	StateDir string `toml:"state_dir"`
+	// AdminSocket serves the command line; PluginSocket serves the plugins
+	// inside QEMU, so QEMU's user must reach it. Load derives both from
+	// RunDir if the file does not name them.
+	AdminSocket  string `toml:"admin_socket"`
+	PluginSocket string `toml:"plugin_socket"`
+	// PluginFile is the QEMU plugin, at the same path on all hosts.
+	PluginFile string     `toml:"plugin_file"`
+	LogLevel   slog.Level `toml:"log_level"`
+}
+
+// HookSocket is where the libvirt hook tells the agent what libvirt does. The
+// agent listens there on a stream socket; each connection carries one line of
+// JSON.
+func (a Agent) HookSocket() string { return filepath.Join(a.RunDir, hookSocket) }
+
+// Channel configures the logging channel between agents.
+type Channel struct {
+	Listen string `toml:"listen"`
+	// SendBuffer bounds what the primary's host holds unacknowledged, and
+	// ReceiveBuffer what the backup's host holds unreplayed.
+	SendBuffer    Size `toml:"send_buffer"`
+	ReceiveBuffer Size `toml:"receive_buffer"`
+	// Plaintext allows the channel to run without TLS. It is never implied.
+	Plaintext bool `toml:"plaintext"`
+	// ReconnectGrace is how long a broken connection may take to come back
+	// before it counts as the loss of the other side.
+	ReconnectGrace time.Duration `toml:"reconnect_grace"`
+}
+
+// Heartbeat configures failure detection.
+type Heartbeat struct {
+	Listen   string        `toml:"listen"`
+	Interval time.Duration `toml:"interval"`
+	Timeout  time.Duration `toml:"timeout"`
+}
+
+// ArbiterDirectory is the arbiter kind that keeps its records in a directory
+// on shared storage.
+const ArbiterDirectory = "directory"
+
+// Arbiter configures the test-and-set of the paper, section 2.3.
+type Arbiter struct {
+	Kind string `toml:"kind"`
+	Path string `toml:"path"`
+	// Retry is the pause between tries while the storage does not answer.
+	Retry time.Duration `toml:"retry"`
+}
+
+// Clone configures FT VMotion, the paper's section 3.1.
+type Clone struct {
+	// DowntimeLimit is the longest final stop that the precopy may plan.
+	DowntimeLimit time.Duration `toml:"downtime_limit"`
+	// Bandwidth is in bytes per second; 0 is unlimited.
+	Bandwidth Size          `toml:"bandwidth"`
+	Timeout   time.Duration `toml:"timeout"`
+	// DiskDir is where this host keeps the disk replicas of backups.
+	DiskDir string `toml:"disk_dir"`
+}
+
+// Replay configures record and replay in QEMU.
+type Replay struct {
+	// ICountShift makes one guest instruction last 2^ICountShift ns.
+	ICountShift int `toml:"icount_shift"`
+	// DivergenceTimeout is how long a backup may consume nothing of a log
+	// that is there before it is discarded and cloned again.
+	DivergenceTimeout time.Duration `toml:"divergence_timeout"`
+	// TickInterval is the longest time that a primary logs nothing.
+	TickInterval time.Duration `toml:"tick_interval"`
+}
+
+// Peer says where another host's agent listens.
+type Peer struct {
+	Channel   string `toml:"channel"`
+	Heartbeat string `toml:"heartbeat"`
+}
+
+const (
+	adminSocket  = "agent.sock"
+	pluginSocket = "plugin.sock"
+	hookSocket   = "hook.sock"
+)
+
+// Default gives the values that hold where the file says nothing. Host is the
+// machine's name. One field has no default and fails Validate until it is set:
+// Arbiter.Path, because a directory that is by accident not shared would let
+// both hosts win.
+func Default() Config {
+	host, err := os.Hostname()
+	if err != nil {
+		host = "" // Validate asks for a name then.
+	}
+	c := Config{
+		Host:       host,
+		LibvirtURI: "qemu:///system",
+		Agent: Agent{
+			RunDir:     "/run/ftvirt",
+			StateDir:   "/var/lib/ftvirt",
+			PluginFile: "/usr/lib/ftvirt/ftvirt.so",
+			LogLevel:   slog.LevelInfo,
+		},
+		Channel: Channel{
+			Listen:         ":7700",
+			SendBuffer:     16 * MiB,
+			ReceiveBuffer:  64 * MiB,
+			ReconnectGrace: 200 * time.Millisecond,
+		},
+		Heartbeat: Heartbeat{
+			Listen:   ":7701",
+			Interval: 50 * time.Millisecond,
+			Timeout:  500 * time.Millisecond,
+		},
+		Arbiter: Arbiter{
+			Kind:  ArbiterDirectory,
+			Retry: 500 * time.Millisecond,
+		},
+		Clone: Clone{
+			DowntimeLimit: 100 * time.Millisecond,
+			Bandwidth:     100 * MiB,
+			Timeout:       10 * time.Minute,
+			DiskDir:       "/var/lib/libvirt/images",
+		},
+		Replay: Replay{
+			ICountShift:       3,
+			DivergenceTimeout: 3 * time.Second,
+			TickInterval:      50 * time.Millisecond,
+		},
+		Peers: map[string]Peer{},
+	}
+	c.deriveSockets()
+	return c
+}
+
+func (c *Config) deriveSockets() {
+	if c.Agent.AdminSocket == "" {
+		c.Agent.AdminSocket = filepath.Join(c.Agent.RunDir, adminSocket)
+	}
+	if c.Agent.PluginSocket == "" {
+		c.Agent.PluginSocket = filepath.Join(c.Agent.RunDir, pluginSocket)
+	}
+}
+
+// ErrUnknownPeer is returned for a host that the configuration does not name.
+var ErrUnknownPeer = errors.New("unknown peer")
+
+// Peer finds the host called name. It never finds this host itself, so that
+// one file can be installed on all hosts.
+func (c Config) Peer(name string) (Peer, error) {
+	if name == c.Host {
+		return Peer{}, fmt.Errorf("%w %q: it is this host", ErrUnknownPeer, name)
+	}
+	p, ok := c.Peers[name]
+	if !ok {
+		known := slices.DeleteFunc(slices.Sorted(maps.Keys(c.Peers)), func(n string) bool { return n == c.Host })
+		if len(known) == 0 {
+			known = []string{"none"}
+		}
+		return Peer{}, fmt.Errorf("%w %q: configured are %s; add a [peers.%s] table",
+			ErrUnknownPeer, name, strings.Join(known, ", "), tomlKey(name))
+	}
+	return p, nil
+}

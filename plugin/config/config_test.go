@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package config
+
+import (
+	"bytes"
+	"errors"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/BurntSushi/toml"
+)
+
+const example = "../../ftvirt.toml.example"
+
+// valid is the smallest file that Load accepts.
+const valid = "host = \"hosta\"\n[arbiter]\npath = \"/mnt/a\"\n"
+
+func write(t *testing.T, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "ftvirt.toml")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// The example is what people copy: it must load, show the true defaults, and
+// leave nothing out.
+func TestExample(t *testing.T) {
+	t.Parallel()
+	got, err := Load(example)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Default()
+	want.Arbiter.Path = "/mnt/ftvirt-arbiter"
+	want.Peers = map[string]Peer{"hostb": {Channel: "192.0.2.2:7700", Heartbeat: "192.0.2.2:7701"}}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("the example differs from the defaults:\n got %+v\nwant %+v", got, want)
+	}
+	text, err := os.ReadFile(example)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The only key that is shown commented out depends on the machine.
+	shown := strings.Replace(string(text), "# host = ", "host = ", 1)
+	var discard map[string]any
+	md, err := toml.Decode(shown, &discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range knownKeys(reflect.TypeFor[Config](), nil) {
+		for i := range key {
+			if key[i] == "NAME" {
+				key[i] = "hostb"
+			}
+		}
+		if !md.IsDefined(key...) {
+			t.Errorf("the example does not show %s", key)
+		}
+	}
+}
+
+func TestExampleExplainsEachKey(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile(example)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Split(string(text), "\n")
+	for n, line := range lines {
+		if !strings.Contains(line, " = ") || strings.HasPrefix(line, "#") || strings.HasPrefix(line, "heartbeat = ") {
+			continue
+		}
+		if !strings.HasPrefix(lines[n-1], "#") {
+			t.Errorf("line %d: %s has no comment above it", n+1, line)
+		}
+	}
+}
+
+func TestDefaultIsValidButForTheArbiter(t *testing.T) {
+	t.Parallel()
+	c := Default()
+	c.Host = "hosta"
+	err := c.Validate()
+	fe, ok := errors.AsType[*FieldError](err)
+	if !ok || fe.Field != "arbiter.path" || strings.Contains(err.Error(), "\n") {
+		t.Fatalf("got %v, want arbiter.path alone", err)
+	}
+	c.Arbiter.Path = "/mnt/a"
+	if err := c.Validate(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestLoadCompletes(t *testing.T) {
+	t.Parallel()
+	c, err := Load(write(t, valid+"[agent]\nrun_dir = \"/run/x\"\nplugin_socket = \"/run/y/p.sock\"\nlog_level = \"debug\"\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Agent.AdminSocket != "/run/x/agent.sock" || c.Agent.PluginSocket != "/run/y/p.sock" || c.Agent.HookSocket() != "/run/x/hook.sock" {
+		t.Errorf("sockets: %+v", c.Agent)
+	}
+	if c.Agent.LogLevel != slog.LevelDebug || c.Heartbeat.Timeout != 500*time.Millisecond {
+		t.Errorf("values: %+v", c)
+	}
+}
+
+func TestUnknownKeys(t *testing.T) {
+	t.Parallel()
+	for name, tc := range map[string]struct {
+		text    string
+		line    int
+		key     string
+		similar string
+	}{
+		"top":         {"\n# x\nhots = \"a\"\n", 3, "hots", "host"},
+		"typo":        {"[heartbeat]\ninterval = \"50ms\"\ntimout = \"1s\"\n", 3, "heartbeat.timout", "heartbeat.timeout"},
+		"wrong table": {"[agent]\nplaintext = true\n", 2, "agent.plaintext", "channel.plaintext"},
+		"table":       {"host = \"a\"\n\n[secrets]\na = 1\nb = 2\n", 3, "secrets", ""},
+		"inline":      {"heartbeat = { interval = \"50ms\",\n zzzzzzzz = 1 }\n", 1, "heartbeat.zzzzzzzz", ""},
+		"multi-line":  {"[clone]\nzzzzzzzzz = [\n1,\n2]\n", 2, "clone.zzzzzzzzz", ""},
+		"quoted":      {"[peers.\"b.example\"]\nchanel = \"h:1\"\n", 2, "peers.\"b.example\".chanel", "peers.\"b.example\".channel"},
+		"in a string": {"libvirt_uri = \"\"\"\nbogusbogus = 1\n\"\"\"\n\nbogusbogus = 1\n", 5, "bogusbogus", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			path := write(t, tc.text)
+			_, err := Load(path)
+			var e *UnknownKeyError
+			if !errors.As(err, &e) || !errors.Is(err, ErrUnknownKey) {
+				t.Fatalf("got %v", err)
+			}
+			if e.File != path || e.Line != tc.line || e.Key != tc.key || e.Similar != tc.similar {
+				t.Errorf("got %+v, want line %d key %s similar %q", e, tc.line, tc.key, tc.similar)
+			}
+			if strings.Contains(err.Error(), "\n") {
+				t.Errorf("one mistake, several errors: %v", err)
+			}
+		})
+	}
+}
+
+func TestUnknownKeysAreReportedTogetherAndInOrder(t *testing.T) {
+	t.Parallel()
+	_, err := Parse("f", []byte("yyyyyyyy = 1\nxxxxxxxx = 2\n[agent]\nwwwwwwww = 3\n"))
+	want := "f:1: unknown key yyyyyyyy; remove it, or see ftvirt.toml.example for the known ones\n" +
+		"f:2: unknown key xxxxxxxx; remove it, or see ftvirt.toml.example for the known ones\n" +
+		"f:4: unknown key agent.wwwwwwww; remove it, or see ftvirt.toml.example for the known ones"
+	if err == nil || err.Error() != want {
+		t.Errorf("got\n%v\nwant\n%s", err, want)
+	}
+}
+
+func TestSyntaxErrors(t *testing.T) {
+	t.Parallel()
+	for name, tc := range map[string]struct {
+		text string
+		line int
+		says string
+	}{
+		"not toml":      {"host = \"a\"\nlisten :7700\n", 2, "expected"},
+		"wrong type":    {"\n[channel]\nplaintext = \"yes\"\n", 3, "boolean"},
+		"bad duration":  {"[heartbeat]\ntimeout = \"soon\"\n", 2, "soon"},
+		"bad size":      {"[channel]\nsend_buffer = \"16MB\"\n", 2, "MiB"},
+		"bad log level": {"[agent]\nlog_level = \"loud\"\n", 2, "loud"},
+		"duplicate":     {"host = \"a\"\nhost = \"b\"\n", 2, "already"},
+		"too large":     {strings.Repeat("#\n", maxFile), 0, "larger"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			_, err := Parse("f.toml", []byte(tc.text))
+			var e *SyntaxError
+			if !errors.As(err, &e) {
+				t.Fatalf("got %T %v", err, err)
+			}
+			if e.Line != tc.line || !strings.Contains(err.Error(), tc.says) || !strings.HasPrefix(err.Error(), "f.toml:") {
+				t.Errorf("line %d: %v; want line %d and %q", e.Line, err, tc.line, tc.says)
+			}
+		})
+	}
+}
+
+func TestMissingFile(t *testing.T) {
+	t.Parallel()
+	_, err := Load(filepath.Join(t.TempDir(), "none.toml"))
+	if !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "ftvirt.toml.example") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestValidate(t *testing.T) {
+	t.Parallel()
+	for field, breakIt := range map[string]func(*Config){
+		"host":                      func(c *Config) { c.Host = "a b" },
+		"libvirt_uri":               func(c *Config) { c.LibvirtURI = "" },
+		"agent.run_dir":             func(c *Config) { c.Agent.RunDir = "run" },
+		"agent.state_dir":           func(c *Config) { c.Agent.StateDir = "" },
+		"agent.plugin_file":         func(c *Config) { c.Agent.PluginFile = "/a,b.so" },
+		"agent.admin_socket":        func(c *Config) { c.Agent.AdminSocket = "/" + strings.Repeat("x", 107) },
+		"agent.plugin_socket":       func(c *Config) { c.Agent.PluginSocket = c.Agent.AdminSocket },
+		"channel.listen":            func(c *Config) { c.Channel.Listen = "7700" },
+		"channel.send_buffer":       func(c *Config) { c.Channel.SendBuffer = 10 },
+		"channel.receive_buffer":    func(c *Config) { c.Channel.ReceiveBuffer = c.Channel.SendBuffer - 1 },
+		"channel.reconnect_grace":   func(c *Config) { c.Channel.ReconnectGrace = c.Heartbeat.Timeout },
+		"heartbeat.listen":          func(c *Config) { c.Heartbeat.Listen = ":0" },
+		"heartbeat.interval":        func(c *Config) { c.Heartbeat.Interval = 50 },
+		"heartbeat.timeout":         func(c *Config) { c.Heartbeat.Interval = 200 * time.Millisecond },
+		"arbiter.kind":              func(c *Config) { c.Arbiter.Kind = "etcd" },
+		"arbiter.path":              func(c *Config) { c.Arbiter.Path = "a" },
+		"arbiter.retry":             func(c *Config) { c.Arbiter.Retry = -1 },
+		"clone.downtime_limit":      func(c *Config) { c.Clone.DowntimeLimit = 2 * time.Second },
+		"clone.bandwidth":           func(c *Config) { c.Clone.Bandwidth = 100 },
+		"clone.timeout":             func(c *Config) { c.Clone.Timeout = 10 },
+		"clone.disk_dir":            func(c *Config) { c.Clone.DiskDir = "images" },
+		"replay.icount_shift":       func(c *Config) { c.Replay.ICountShift = 11 },
+		"replay.tick_interval":      func(c *Config) { c.Replay.TickInterval = 0 },
+		"replay.divergence_timeout": func(c *Config) { c.Replay.DivergenceTimeout = 150 * time.Millisecond },
+		"peers.b.channel":           func(c *Config) { c.Peers["b"] = Peer{Channel: ":1", Heartbeat: "b:2"} },
+		"peers.b.heartbeat":         func(c *Config) { c.Peers["b"] = Peer{Channel: "b:1", Heartbeat: "b:70000"} },
+		`peers."a b"`:               func(c *Config) { c.Peers["a b"] = Peer{Channel: "b:1", Heartbeat: "b:2"} },
+	} {
+		t.Run(field, func(t *testing.T) {
+			t.Parallel()
+			c, err := Parse("f", []byte(valid))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := c.Validate(); err != nil {
+				t.Fatalf("before the change: %v", err)
+			}
+			breakIt(&c)
+			err = c.Validate()
+			var e *FieldError
+			if !errors.As(err, &e) || !errors.Is(err, ErrInvalid) || e.Field != field || e.Remedy == "" {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+}
+
+func TestPeer(t *testing.T) {
+	t.Parallel()
+	c, err := Parse("f", []byte(valid+"[peers.hosta]\nchannel = \"a:1\"\nheartbeat = \"a:2\"\n[peers.hostb]\nchannel = \"b:1\"\nheartbeat = \"b:2\"\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p, err := c.Peer("hostb"); err != nil || p.Channel != "b:1" || p.Heartbeat != "b:2" {
+		t.Errorf("got %+v, %v", p, err)
+	}
+	for _, name := range []string{"hosta", "hostc", ""} {
+		if _, err := c.Peer(name); !errors.Is(err, ErrUnknownPeer) {
+			t.Errorf("peer %q: %v", name, err)
+		}
+	}
+	if _, err := c.Peer("hostc"); !strings.Contains(err.Error(), "hostb") || strings.Contains(err.Error(), "hosta") {
+		t.Errorf("the known peers are not named: %v", err)
+	}
+}
+
+func TestPathFromEnvironment(t *testing.T) {
+	t.Setenv(PathEnv, "")
+	if p := Path(); p != DefaultPath {
+		t.Errorf("got %s", p)
+	}
+	t.Setenv(PathEnv, "/x/y.toml")
+	if p := Path(); p != "/x/y.toml" {
+		t.Errorf("got %s", p)
+	}
+}
+
+func TestSizeText(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]Size{"0": 0, "17": 17, "4KiB": 4 * KiB, "16 MiB": 16 * MiB, "2GiB": 2 * GiB} {
+		var s Size
+		if err := s.UnmarshalText([]byte(text)); err != nil || s != want {
+			t.Errorf("%s: got %d, %v", text, s, err)
+		}
+		back, err := s.MarshalText()
+		if err != nil || !bytes.Equal(back, []byte(strings.ReplaceAll(text, " ", ""))) {
+			t.Errorf("%s: written as %s, %v", text, back, err)
+		}
+	}
+	for _, text := range []string{"", "-1", "1.5GiB", "MiB", "9223372036854775807GiB", "16M"} {
+		var s Size
+		if err := s.UnmarshalText([]byte(text)); err == nil {
+			t.Errorf("%q: accepted as %d", text, s)
+		}
+	}
+}

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package config
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// ErrInvalid is wrapped by a FieldError.
+var ErrInvalid = errors.New("invalid configuration")
+
+// FieldError names a field whose value cannot be used.
+type FieldError struct {
+	// Field is the key as the file spells it, such as "heartbeat.timeout".
+	Field  string
+	Reason string
+	Remedy string
+}
+
+func (e *FieldError) Error() string {
+	return e.Field + ": " + e.Reason + "; " + e.Remedy
+}
+
+// Is makes errors.Is find ErrInvalid.
+func (e *FieldError) Is(target error) bool { return target == ErrInvalid }
+
+const (
+	// minPeriod keeps a forgotten unit (100 is 100 ns in TOML terms) and a
+	// busy loop out of every interval.
+	minPeriod = time.Millisecond
+	// minBuffer holds any single event of a log: a full-size packet with
+	// offloads, with room to spare.
+	minBuffer = 1 * MiB
+	// maxShift is QEMU's own limit for icount.
+	maxShift = 10
+	// maxSocketPath is sizeof(sun_path) less the final zero byte.
+	maxSocketPath = 107
+)
+
+var hostName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]{0,62})$`)
+
+// Validate checks each value and how values relate. It returns all that is
+// wrong, each a *FieldError, joined.
+func (c Config) Validate() error {
+	var v validation
+	v.check(hostName.MatchString(c.Host), "host", fmt.Sprintf("%q is not a host name", c.Host),
+		"use 1 to 63 letters, digits, dots, underscores and dashes")
+	v.check(c.LibvirtURI != "", "libvirt_uri", "it is empty", `use "qemu:///system"`)
+
+	v.path("agent.run_dir", c.Agent.RunDir)
+	v.path("agent.state_dir", c.Agent.StateDir)
+	v.path("agent.plugin_file", c.Agent.PluginFile)
+	// QEMU splits plugin arguments at commas, with no way to quote them.
+	v.check(!strings.Contains(c.Agent.PluginFile, ","), "agent.plugin_file", "it has a comma, where QEMU splits arguments",
+		"use a path without commas")
+	v.check(!strings.Contains(c.Agent.PluginSocket, ","), "agent.plugin_socket", "it has a comma, where QEMU splits arguments",
+		"use a path without commas")
+	v.socket("agent.admin_socket", c.Agent.AdminSocket)
+	v.socket("agent.plugin_socket", c.Agent.PluginSocket)
+	if c.Agent.RunDir != "" {
+		v.socketLength("agent.run_dir", c.Agent.HookSocket())
+	}
+	v.check(c.Agent.AdminSocket != c.Agent.PluginSocket, "agent.plugin_socket", "it is the same as agent.admin_socket",
+		"give each its own path: QEMU must never reach the admin socket")
+
+	v.listen("channel.listen", c.Channel.Listen)
+	v.check(c.Channel.SendBuffer >= minBuffer, "channel.send_buffer", c.Channel.SendBuffer.String()+" may not hold one event",
+		"use at least "+minBuffer.String())
+	v.check(c.Channel.ReceiveBuffer >= c.Channel.SendBuffer, "channel.receive_buffer",
+		fmt.Sprintf("%s is less than channel.send_buffer (%s)", c.Channel.ReceiveBuffer, c.Channel.SendBuffer),
+		"after a reconnect it must take all that was not acknowledged: make it at least as large")
+	v.period("channel.reconnect_grace", c.Channel.ReconnectGrace)
+	v.check(c.Channel.ReconnectGrace < c.Heartbeat.Timeout, "channel.reconnect_grace",
+		fmt.Sprintf("%s is not less than heartbeat.timeout (%s)", c.Channel.ReconnectGrace, c.Heartbeat.Timeout),
+		"a broken connection must be judged before a silent host is: lower it")
+
+	v.listen("heartbeat.listen", c.Heartbeat.Listen)
+	v.period("heartbeat.interval", c.Heartbeat.Interval)
+	v.check(c.Heartbeat.Timeout > 3*c.Heartbeat.Interval, "heartbeat.timeout",
+		fmt.Sprintf("%s is not more than three times heartbeat.interval (%s)", c.Heartbeat.Timeout, c.Heartbeat.Interval),
+		"a few lost datagrams would start a failover: raise it, or lower the interval")
+
+	v.check(c.Arbiter.Kind == ArbiterDirectory, "arbiter.kind", fmt.Sprintf("%q is not known", c.Arbiter.Kind),
+		`use "`+ArbiterDirectory+`"`)
+	if c.Arbiter.Path == "" {
+		v.add("arbiter.path", "it is not set", "name a directory on storage that all hosts share")
+	} else {
+		v.path("arbiter.path", c.Arbiter.Path)
+	}
+	v.period("arbiter.retry", c.Arbiter.Retry)
+
+	v.period("clone.downtime_limit", c.Clone.DowntimeLimit)
+	v.check(c.Clone.DowntimeLimit <= time.Second, "clone.downtime_limit",
+		fmt.Sprintf("%s is more than the second that a guest may pause", c.Clone.DowntimeLimit), "use at most 1s")
+	v.check(c.Clone.Bandwidth == 0 || c.Clone.Bandwidth >= minBuffer, "clone.bandwidth",
+		c.Clone.Bandwidth.String()+" per second never finishes", "use at least "+minBuffer.String()+", or 0 for no limit")
+	v.check(c.Clone.Timeout > c.Clone.DowntimeLimit && c.Clone.Timeout >= time.Second, "clone.timeout",
+		fmt.Sprintf("%s is too short for a clone", c.Clone.Timeout), `use minutes, such as "10m"`)
+	v.path("clone.disk_dir", c.Clone.DiskDir)
+
+	v.check(c.Replay.ICountShift >= 0 && c.Replay.ICountShift <= maxShift, "replay.icount_shift",
+		strconv.Itoa(c.Replay.ICountShift)+" is out of range", fmt.Sprintf("use 0 to %d", maxShift))
+	v.period("replay.tick_interval", c.Replay.TickInterval)
+	v.check(c.Replay.DivergenceTimeout > 3*c.Replay.TickInterval, "replay.divergence_timeout",
+		fmt.Sprintf("%s is not more than three times replay.tick_interval (%s)", c.Replay.DivergenceTimeout, c.Replay.TickInterval),
+		"an idle primary would look like a diverged backup: raise it, or lower the interval")
+
+	for _, name := range slices.Sorted(maps.Keys(c.Peers)) {
+		key := "peers." + tomlKey(name)
+		v.check(hostName.MatchString(name), key, "it is not a host name",
+			"use 1 to 63 letters, digits, dots, underscores and dashes")
+		v.dial(key+".channel", c.Peers[name].Channel)
+		v.dial(key+".heartbeat", c.Peers[name].Heartbeat)
+	}
+	return errors.Join(v.errs...)
+}
+
+type validation struct{ errs []error }
+
+func (v *validation) add(field, reason, remedy string) {
+	v.errs = append(v.errs, &FieldError{Field: field, Reason: reason, Remedy: remedy})
+}
+
+func (v *validation) check(ok bool, field, reason, remedy string) {
+	if !ok {
+		v.add(field, reason, remedy)
+	}
+}
+
+func (v *validation) path(field, p string) {
+	v.check(filepath.IsAbs(p), field, fmt.Sprintf("%q is not an absolute path", p), "start it with a slash")
+}
+
+func (v *validation) socket(field, p string) {
+	v.path(field, p)
+	v.socketLength(field, p)
+}
+
+func (v *validation) socketLength(field, p string) {
+	v.check(len(p) <= maxSocketPath, field, fmt.Sprintf("the socket path %s has %d bytes, and Unix allows %d", p, len(p), maxSocketPath),
+		"use a shorter directory")
+}
+
+func (v *validation) period(field string, d time.Duration) {
+	v.check(d >= minPeriod, field, fmt.Sprintf("%s is too short", d), `write it with a unit, such as "200ms"`)
+}
+
+// listen accepts an empty host, which means every address.
+func (v *validation) listen(field, addr string) {
+	if _, port, err := net.SplitHostPort(addr); err != nil || !validPort(port) {
+		v.add(field, fmt.Sprintf("%q is not an address to listen on", addr), `write "host:port", or ":port" for every address`)
+	}
+}
+
+func (v *validation) dial(field, addr string) {
+	if host, port, err := net.SplitHostPort(addr); err != nil || host == "" || !validPort(port) {
+		v.add(field, fmt.Sprintf("%q is not the address of a host", addr), `write "host:port"`)
+	}
+}
+
+func validPort(port string) bool {
+	n, err := strconv.ParseUint(port, 10, 16)
+	return err == nil && n > 0
+}
