@@ -39,6 +39,38 @@ static struct ft_packet *copy(const struct iovec *iov, int n, size_t size)
     return p;
 }
 
+/* The gate's thread passes packets on without the replay mutex. A netdev that
+ * answers from within (slirp) would log the answer: that is done later, in the
+ * main loop, which holds the mutex. */
+static __thread bool in_gate;
+
+static void deliver(void *opaque)
+{
+    struct ft_packet *p = opaque;
+    struct iovec iov = { p->data, p->len };
+
+    if (!ft.filter_next(p->filter, p->sender, p->flags, &iov, 1, NULL)) {
+        q.qemu_netfilter_pass_to_next(p->sender, p->flags, &iov, 1, p->filter);
+    }
+    free(p);
+}
+
+static ssize_t defer(void *nf, void *sender, unsigned flags,
+                     const struct iovec *iov, int n)
+{
+    size_t size = size_of(iov, n);
+    struct ft_packet *p = copy(iov, n, size);
+
+    if (p) {
+        p->filter = nf;
+        p->sender = sender;
+        p->flags = flags;
+        q.aio_bh_schedule_oneshot_full(ft.main_context, deliver, p,
+                                       "ftvirt-deliver");
+    }
+    return size;
+}
+
 static bool may_leave(const struct ft_packet *p)
 {
     return ft.mode != FT_RECORD || p->pos <= ft.acked;
@@ -57,6 +89,9 @@ static ssize_t gate_receive(void *nf, void *sender, unsigned flags,
     pthread_mutex_lock(&ft.lock);
     mode = ft.gate_count && ft.mode != FT_REPLAY ? FT_RECORD : ft.mode;
     pthread_mutex_unlock(&ft.lock);
+    if (filter->netdev == sender && in_gate) {
+        return defer(nf, sender, flags, iov, n);
+    }
     if (filter->netdev == sender || mode != FT_RECORD) {
         return ft.filter_next(nf, sender, flags, iov, n, sent);
     }
@@ -133,6 +168,7 @@ static struct ft_packet *take(void)
 static void *gate_thread(void *unused)
 {
     (void)unused;
+    in_gate = true;
     pthread_mutex_lock(&ft.lock);
     for (;;) {
         struct ft_packet *p, *next;

@@ -1,0 +1,621 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package migrate is FT VMotion (the paper, section 3.1): it clones a running
+// domain to another host, disks and memory, without moving it. The original
+// goes on as the primary and records; the clone becomes the backup and
+// replays. Source runs on the primary's host, Receiver on the backup's.
+package migrate
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"libvirt.org/go/libvirtxml"
+
+	"ftvirt.org/ftvirt/plugin"
+)
+
+// Errors of a clone. Whatever fails before the switch leaves the domain
+// running as it was.
+var (
+	ErrPrepare = errors.New("the backup could not be prepared")
+	ErrDisk    = errors.New("a disk could not be copied")
+	ErrMemory  = errors.New("the memory could not be copied")
+	ErrSwitch  = errors.New("the domain did not begin to record")
+	// ErrAfterSwitch: the primary records already, so that the arbiter must
+	// be asked before it goes on alone.
+	ErrAfterSwitch = errors.New("the backup failed after the primary began to record")
+)
+
+// Methods that the source calls on the backup's agent.
+const (
+	MethodPrepare  = "clone.prepare"
+	MethodIncoming = "clone.incoming"
+	MethodSeeded   = "clone.seeded"
+	MethodFinish   = "clone.finish"
+	MethodDiscard  = "clone.discard"
+)
+
+// Disk is one replicated disk of a domain.
+type Disk struct {
+	Target string `json:"target"` // vda
+	Root   string `json:"root"`   // the blkreplay node, which the device uses
+	Node   string `json:"node"`   // the block node below it
+	Path   string `json:"path"`   // on the primary's host
+	Format string `json:"format"`
+	Size   int64  `json:"size"` // virtual size, bytes
+}
+
+// PrepareRequest asks for a backup domain that waits for its state.
+type PrepareRequest struct {
+	XML   string       `json:"xml"` // of the running primary
+	Epoch plugin.Epoch `json:"epoch"`
+	Disks []Disk       `json:"disks"`
+}
+
+// EpochRequest names the epoch that a later step is about.
+type EpochRequest struct {
+	Epoch plugin.Epoch `json:"epoch"`
+}
+
+// Monitor is what a clone needs of libvirt; virt.Conn is one.
+type Monitor interface {
+	Monitor(ctx context.Context, id plugin.UUID, command string, args, out any) error
+	XML(ctx context.Context, id plugin.UUID, inactive bool) (string, error)
+}
+
+// Peer is the backup's agent.
+type Peer interface {
+	Call(ctx context.Context, method string, in, out any) error
+	// Tunnel opens a raw connection to the backup's QEMU: for its incoming
+	// migration ("migrate") or for one of its disks ("nbd").
+	Tunnel(ctx context.Context, purpose, target string) (net.Conn, error)
+}
+
+// Recorder is the plugin in the primary's QEMU.
+type Recorder interface {
+	Arm(epoch plugin.Epoch) error
+	Disarm() error
+	// Recording waits until the VM records in this epoch, and tells how long
+	// the clone stopped it.
+	Recording(ctx context.Context, epoch plugin.Epoch) (time.Duration, error)
+}
+
+// Progress of a clone, in bytes.
+type Progress struct {
+	Phase       string `json:"phase"` // preparing, disks, memory, switching
+	Transferred int64  `json:"transferred"`
+	Remaining   int64  `json:"remaining"`
+}
+
+// Options of a clone.
+type Options struct {
+	Domain   plugin.UUID
+	Epoch    plugin.Epoch
+	Dir      string        // for sockets; made, and removed at the end
+	QEMUUser int           // uid of QEMU, which connects to the sockets
+	Downtime time.Duration // limit asked of QEMU for the last copy of memory
+	// Bandwidth in bytes per second; 0 is no limit.
+	Bandwidth int64
+	Progress  func(Progress)
+	// Switched is called as soon as the primary records.
+	Switched func(pause time.Duration)
+}
+
+// Times of the polls: QEMU reports no event for these states, or libvirt does
+// not pass it on.
+const (
+	pollSlow = 50 * time.Millisecond
+	pollFast = 2 * time.Millisecond
+	// stepTimeout bounds each step in which nothing is copied.
+	stepTimeout = 30 * time.Second
+	// switchTimeout bounds the part in which the guest is stopped.
+	switchTimeout = 5 * time.Second
+)
+
+// Source clones from here.
+type Source struct {
+	Local  Monitor
+	Peer   Peer
+	Plugin Recorder
+}
+
+type blockdev struct {
+	Driver   string `json:"driver"`
+	NodeName string `json:"node-name"`
+	Image    string `json:"image"`
+}
+
+// Disks lists what has to be replicated: the disks whose device sits on a
+// blkreplay node that the transform put there.
+func (s *Source) Disks(ctx context.Context, id plugin.UUID, xml string) ([]Disk, error) {
+	var dom libvirtxml.Domain
+	if err := dom.Unmarshal(xml); err != nil {
+		return nil, fmt.Errorf("domain description: %w", err)
+	}
+	if dom.Devices == nil || dom.QEMUCommandline == nil {
+		return nil, nil
+	}
+	sizes, err := s.sizes(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	replayed := map[string]string{} // blkreplay node -> node below
+	for _, arg := range dom.QEMUCommandline.Args {
+		var b blockdev
+		if json.Unmarshal([]byte(arg.Value), &b) == nil && b.Driver == "blkreplay" {
+			replayed[b.NodeName] = b.Image
+		}
+	}
+	nodeOf := map[string]string{} // device alias -> blkreplay node
+	if dom.QEMUOverride != nil {
+		for _, d := range dom.QEMUOverride.Devices {
+			for _, p := range d.Frontend.Properties {
+				if p.Name == "drive" {
+					nodeOf[d.Alias] = p.Value
+				}
+			}
+		}
+	}
+	var disks []Disk
+	for _, d := range dom.Devices.Disks {
+		if d.Alias == nil || d.Target == nil || d.Source == nil || d.Source.File == nil {
+			continue
+		}
+		root := nodeOf[d.Alias.Name]
+		node := replayed[root]
+		if node == "" {
+			continue
+		}
+		disk := Disk{Target: d.Target.Dev, Root: root, Node: node, Path: d.Source.File.File, Format: "raw", Size: sizes[node]}
+		if d.Driver != nil && d.Driver.Type != "" {
+			disk.Format = d.Driver.Type
+		}
+		if disk.Size == 0 {
+			return nil, fmt.Errorf("%w: %s: QEMU has no block node %q", ErrDisk, disk.Target, node)
+		}
+		disks = append(disks, disk)
+	}
+	return disks, nil
+}
+
+func (s *Source) sizes(ctx context.Context, id plugin.UUID) (map[string]int64, error) {
+	var nodes []struct {
+		NodeName string `json:"node-name"`
+		Image    struct {
+			VirtualSize int64 `json:"virtual-size"`
+		} `json:"image"`
+	}
+	if err := s.Local.Monitor(ctx, id, "query-named-block-nodes", map[string]any{"flat": true}, &nodes); err != nil {
+		return nil, err
+	}
+	sizes := map[string]int64{}
+	for _, n := range nodes {
+		sizes[n.NodeName] = n.Image.VirtualSize
+	}
+	return sizes, nil
+}
+
+// Clone makes the backup. On an error that does not wrap ErrAfterSwitch the
+// domain runs as before, unprotected, and nothing of it is left on the peer.
+// It returns how long the guest was stopped.
+func (s *Source) Clone(ctx context.Context, o Options) (pause time.Duration, err error) {
+	c := &clone{Source: s, o: o}
+	if o.Progress == nil {
+		c.o.Progress = func(Progress) {}
+	}
+	defer func() {
+		// Clean-up must work when ctx is what ended the clone.
+		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), stepTimeout)
+		defer cancel()
+		if err != nil && !c.switched {
+			err = errors.Join(err, c.revert(clean))
+		}
+		c.cleanup(clean)
+	}()
+	if err := c.prepare(ctx); err != nil {
+		return 0, fmt.Errorf("%w: %w", ErrPrepare, err)
+	}
+	if err := c.copyDisks(ctx); err != nil {
+		return 0, fmt.Errorf("%w: %w", ErrDisk, err)
+	}
+	if err := c.copyMemory(ctx); err != nil {
+		return 0, fmt.Errorf("%w: %w", ErrMemory, err)
+	}
+	if pause, err = c.switchOver(ctx); err != nil {
+		return 0, fmt.Errorf("%w: %w", ErrSwitch, err)
+	}
+	if o.Switched != nil {
+		o.Switched(pause)
+	}
+	finish, cancel := context.WithTimeout(ctx, stepTimeout)
+	defer cancel()
+	if err := s.Peer.Call(finish, MethodFinish, EpochRequest{o.Epoch}, nil); err != nil {
+		return pause, fmt.Errorf("%w: %w", ErrAfterSwitch, err)
+	}
+	return pause, nil
+}
+
+type clone struct {
+	*Source
+	o         Options
+	disks     []Disk
+	listeners []net.Listener
+	cancel    context.CancelFunc // of the tunnels
+	tunnels   context.Context
+	nodes     []string // target nodes to delete
+	jobs      []string // mirror jobs that run
+	prepared  bool
+	migrating bool
+	switched  bool
+}
+
+func (c *clone) monitor(ctx context.Context, command string, args, out any) error {
+	return c.Local.Monitor(ctx, c.o.Domain, command, args, out)
+}
+
+func (c *clone) prepare(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, stepTimeout)
+	defer cancel()
+	c.o.Progress(Progress{Phase: "preparing"})
+	xml, err := c.Local.XML(ctx, c.o.Domain, false)
+	if err != nil {
+		return err
+	}
+	if c.disks, err = c.Disks(ctx, c.o.Domain, xml); err != nil {
+		return err
+	}
+	if err := MakeSocketDir(c.o.Dir, c.o.QEMUUser); err != nil {
+		return err
+	}
+	// Tunnels outlive this step; cleanup ends them.
+	c.tunnels, c.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	c.prepared = true
+	return c.Peer.Call(ctx, MethodPrepare, PrepareRequest{XML: xml, Epoch: c.o.Epoch, Disks: c.disks}, nil)
+}
+
+// listen makes a unix socket whose connections go to the peer.
+func (c *clone) listen(name, purpose, target string) (string, error) {
+	path := filepath.Join(c.o.Dir, name)
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return "", err
+	}
+	c.listeners = append(c.listeners, l)
+	if err := os.Chown(path, c.o.QEMUUser, -1); err != nil {
+		return "", err
+	}
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer func() { _ = conn.Close() }()
+				peer, err := c.Peer.Tunnel(c.tunnels, purpose, target)
+				if err != nil {
+					return
+				}
+				defer func() { _ = peer.Close() }()
+				Splice(c.tunnels, conn, peer)
+			}()
+		}
+	}()
+	return path, nil
+}
+
+// copyDisks mirrors every disk to the backup until both are equal and stay so:
+// from there on each write of the guest goes to both before it completes.
+func (c *clone) copyDisks(ctx context.Context) error {
+	for i, d := range c.disks {
+		name := "ftvirt-seed-" + strconv.Itoa(i)
+		path, err := c.listen("nbd-"+strconv.Itoa(i)+".sock", "nbd", d.Target)
+		if err != nil {
+			return err
+		}
+		err = c.monitor(ctx, "blockdev-add", map[string]any{
+			"driver": "nbd", "node-name": name, "export": d.Target,
+			// Holes stay holes: blkreplay does not tell where they are.
+			"detect-zeroes": "on",
+			"server": map[string]any{"type": "unix", "path": path},
+		}, nil)
+		if err != nil {
+			return fmt.Errorf("%s: %w", d.Target, err)
+		}
+		c.nodes = append(c.nodes, name)
+		err = c.monitor(ctx, "blockdev-mirror", map[string]any{
+			"job-id": name, "device": d.Root, "target": name, "sync": "full",
+			"copy-mode": "write-blocking", "filter-node-name": name + "-filter",
+			"on-source-error": "report", "on-target-error": "report",
+		}, nil)
+		if err != nil {
+			return fmt.Errorf("%s: %w", d.Target, err)
+		}
+		c.jobs = append(c.jobs, name)
+	}
+	return c.poll(ctx, pollSlow, c.disksReady)
+}
+
+type blockJob struct {
+	Device string `json:"device"`
+	Len    int64  `json:"len"`
+	Offset int64  `json:"offset"`
+	Ready  bool   `json:"ready"`
+	Synced bool   `json:"actively-synced"`
+}
+
+func (c *clone) blockJobs(ctx context.Context) (map[string]blockJob, error) {
+	var list []blockJob
+	if err := c.monitor(ctx, "query-block-jobs", nil, &list); err != nil {
+		return nil, err
+	}
+	jobs := map[string]blockJob{}
+	for _, j := range list {
+		jobs[j.Device] = j
+	}
+	return jobs, nil
+}
+
+func (c *clone) disksReady(ctx context.Context) (bool, error) {
+	if len(c.jobs) == 0 {
+		return true, nil
+	}
+	jobs, err := c.blockJobs(ctx)
+	if err != nil {
+		return false, err
+	}
+	p := Progress{Phase: "disks"}
+	ready := true
+	for i, name := range c.jobs {
+		j, ok := jobs[name]
+		if !ok {
+			return false, fmt.Errorf("%s: the copy ended early; is there room on the peer?", c.disks[i].Target)
+		}
+		p.Transferred += j.Offset
+		p.Remaining += j.Len - j.Offset
+		ready = ready && j.Ready && j.Synced
+	}
+	c.o.Progress(p)
+	return ready, nil
+}
+
+type migration struct {
+	Status string `json:"status"`
+	Error  string `json:"error-desc"`
+	RAM    struct {
+		Transferred int64 `json:"transferred"`
+		Remaining   int64 `json:"remaining"`
+	} `json:"ram"`
+}
+
+func (c *clone) copyMemory(ctx context.Context) error {
+	if err := c.Peer.Call(ctx, MethodIncoming, EpochRequest{c.o.Epoch}, nil); err != nil {
+		return err
+	}
+	path, err := c.listen("migrate.sock", "migrate", "")
+	if err != nil {
+		return err
+	}
+	caps := []map[string]any{{"capability": "pause-before-switchover", "state": true}}
+	if err := c.monitor(ctx, "migrate-set-capabilities", map[string]any{"capabilities": caps}, nil); err != nil {
+		return err
+	}
+	err = c.monitor(ctx, "migrate-set-parameters", map[string]any{
+		"downtime-limit": c.o.Downtime.Milliseconds(), "max-bandwidth": c.o.Bandwidth,
+	}, nil)
+	if err != nil {
+		return err
+	}
+	if err := c.Plugin.Arm(c.o.Epoch); err != nil {
+		return err
+	}
+	c.migrating = true
+	if err := c.monitor(ctx, "migrate", map[string]any{"uri": "unix:" + path}, nil); err != nil {
+		return err
+	}
+	return c.poll(ctx, 5*pollFast, func(ctx context.Context) (bool, error) {
+		m, err := c.query(ctx)
+		if err != nil {
+			return false, err
+		}
+		c.o.Progress(Progress{Phase: "memory", Transferred: m.RAM.Transferred, Remaining: m.RAM.Remaining})
+		return m.Status == "pre-switchover", nil
+	})
+}
+
+func (c *clone) query(ctx context.Context) (migration, error) {
+	var m migration
+	if err := c.monitor(ctx, "query-migrate", nil, &m); err != nil {
+		return m, err
+	}
+	if m.Status == "failed" || m.Status == "cancelled" {
+		return m, fmt.Errorf("migration %s: %s", m.Status, m.Error)
+	}
+	return m, nil
+}
+
+// switchOver runs while the guest is stopped: the disks' copies end, equal,
+// the rest of the state goes over, and the plugin resumes the guest recording.
+func (c *clone) switchOver(ctx context.Context) (time.Duration, error) {
+	ctx, cancel := context.WithTimeout(ctx, switchTimeout)
+	defer cancel()
+	c.o.Progress(Progress{Phase: "switching"})
+	for _, name := range c.jobs {
+		// A mirror that is ready ends with equal disks when cancelled.
+		if err := c.monitor(ctx, "block-job-cancel", map[string]any{"device": name}, nil); err != nil {
+			return 0, err
+		}
+	}
+	err := c.poll(ctx, pollFast, func(ctx context.Context) (bool, error) {
+		if len(c.jobs) == 0 {
+			return true, nil
+		}
+		jobs, err := c.blockJobs(ctx)
+		for _, name := range c.jobs {
+			if _, runs := jobs[name]; runs {
+				return false, err
+			}
+		}
+		return err == nil, err
+	})
+	if err != nil {
+		return 0, err
+	}
+	c.jobs = nil
+	if err := c.seeded(ctx); err != nil {
+		return 0, err
+	}
+	if err := c.monitor(ctx, "migrate-continue", map[string]any{"state": "pre-switchover"}, nil); err != nil {
+		return 0, err
+	}
+	pause, err := c.Plugin.Recording(ctx, c.o.Epoch)
+	if err != nil {
+		return 0, err
+	}
+	c.switched = true
+	return pause, nil
+}
+
+// seeded takes the disks' connection down on both sides at once. It must be
+// gone before either VM runs in lockstep: draining it would wait for requests
+// that wait for the log.
+func (c *clone) seeded(ctx context.Context) error {
+	if len(c.disks) == 0 {
+		return nil
+	}
+	peer := make(chan error, 1)
+	go func() { peer <- c.Peer.Call(ctx, MethodSeeded, EpochRequest{c.o.Epoch}, nil) }()
+	err := c.deleteNodes(ctx)
+	return errors.Join(err, <-peer)
+}
+
+func (c *clone) deleteNodes(ctx context.Context) error {
+	for len(c.nodes) > 0 {
+		if err := c.monitor(ctx, "blockdev-del", map[string]any{"node-name": c.nodes[0]}, nil); err != nil {
+			return err
+		}
+		c.nodes = c.nodes[1:]
+	}
+	return nil
+}
+
+// revert undoes an unfinished clone; the guest runs on.
+func (c *clone) revert(ctx context.Context) error {
+	var errs []error
+	if c.migrating {
+		if err := c.stopMigration(ctx); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	for _, name := range c.jobs {
+		if err := c.monitor(ctx, "block-job-cancel", map[string]any{"device": name, "force": true}, nil); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	if len(c.jobs) > 0 {
+		err := c.poll(ctx, pollSlow, func(ctx context.Context) (bool, error) {
+			jobs, err := c.blockJobs(ctx)
+			return len(jobs) == 0, err
+		})
+		if err != nil {
+			errs = append(errs, err)
+		}
+	}
+	if c.prepared {
+		if err := c.Peer.Call(ctx, MethodDiscard, EpochRequest{c.o.Epoch}, nil); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// stopMigration cancels; QEMU then resumes the guest by itself.
+func (c *clone) stopMigration(ctx context.Context) error {
+	err := c.Plugin.Disarm()
+	if e := c.monitor(ctx, "migrate_cancel", nil, nil); e != nil {
+		return errors.Join(err, e)
+	}
+	e := c.poll(ctx, pollSlow, func(ctx context.Context) (bool, error) {
+		var m migration
+		err := c.monitor(ctx, "query-migrate", nil, &m)
+		return m.Status == "cancelled" || m.Status == "failed" || m.Status == "completed" || m.Status == "", err
+	})
+	return errors.Join(err, e)
+}
+
+func (c *clone) cleanup(ctx context.Context) {
+	_ = c.deleteNodes(ctx) // left over from a clone that failed
+	for _, l := range c.listeners {
+		_ = l.Close()
+	}
+	if c.cancel != nil {
+		c.cancel()
+	}
+	_ = os.RemoveAll(c.o.Dir)
+}
+
+func (c *clone) poll(ctx context.Context, every time.Duration, done func(context.Context) (bool, error)) error {
+	t := time.NewTicker(every)
+	defer t.Stop()
+	for {
+		ok, err := done(ctx)
+		if err != nil || ok {
+			return err
+		}
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// MakeSocketDir makes an empty directory in which QEMU, running as user, may
+// make sockets and connect to them, and nobody else may.
+func MakeSocketDir(dir string, user int) error {
+	if err := os.RemoveAll(dir); err != nil {
+		return fmt.Errorf("socket directory: %w", err)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("socket directory: %w", err)
+	}
+	if err := os.Chown(dir, user, -1); err != nil {
+		return fmt.Errorf("socket directory: %w", err)
+	}
+	return nil
+}
+
+// Splice copies both ways until one end is done or ctx ends, and closes both.
+func Splice(ctx context.Context, a, b net.Conn) {
+	stop := context.AfterFunc(ctx, func() {
+		_ = a.Close()
+		_ = b.Close()
+	})
+	defer stop()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		half(a, b)
+	}()
+	half(b, a)
+	<-done
+}
+
+func half(to, from net.Conn) {
+	_, err := io.Copy(to, from)
+	if w, ok := to.(interface{ CloseWrite() error }); ok && err == nil {
+		_ = w.CloseWrite()
+		return
+	}
+	_ = to.Close()
+	_ = from.Close()
+}
