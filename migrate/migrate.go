@@ -326,7 +326,7 @@ func (c *clone) copyDisks(ctx context.Context) error {
 			"driver": "nbd", "node-name": name, "export": d.Target,
 			// Holes stay holes: blkreplay does not tell where they are.
 			"detect-zeroes": "on",
-			"server": map[string]any{"type": "unix", "path": path},
+			"server":        map[string]any{"type": "unix", "path": path},
 		}, nil)
 		if err != nil {
 			return fmt.Errorf("%s: %w", d.Target, err)
