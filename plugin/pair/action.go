@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pair
+
+import (
+	"fmt"
+
+	"ftvirt.org/ftvirt/plugin"
+)
+
+// ActionKind is what is to be done.
+type ActionKind uint8
+
+const (
+	// ActionLog: write Line to the agent's log.
+	ActionLog ActionKind = iota
+	// ActionEmitEvent: tell subscribers of State and Reason.
+	ActionEmitEvent
+	// ActionStartClone: clone the domain to host Peer.
+	ActionStartClone
+	// ActionAbortClone: stop the clone; the domain here must go on running.
+	ActionAbortClone
+	// ActionAcquireArbiter: test-and-set for Epoch; answer with an event.
+	ActionAcquireArbiter
+	// ActionCloseEpoch: mark the deliberate end of Epoch at the arbiter.
+	ActionCloseEpoch
+	// ActionForget: remove the domain from the arbiter.
+	ActionForget
+	// ActionPromote: the backup feeds the rest of the acked log and goes live,
+	// being started first if it was not yet.
+	ActionPromote
+	// ActionOpenGate: let the primary's outputs leave without acks.
+	ActionOpenGate
+	// ActionStopLogging: take the primary out of recording.
+	ActionStopLogging
+	// ActionKillLocalVM: end QEMU here at once, before anything leaves it.
+	ActionKillLocalVM
+	// ActionDiscardBackup: end the backup's QEMU and remove what it left.
+	ActionDiscardBackup
+	// ActionNotifyPeer: send Notify to the peer, if it can be reached.
+	ActionNotifyPeer
+	// ActionAnnounce: announce the domain's MAC addresses from here.
+	ActionAnnounce
+	// ActionCollectDiagnosis: keep log and state of a diverged backup. Comes
+	// before the action that ends it.
+	ActionCollectDiagnosis
+	numActions
+)
+
+var actionNames = [numActions]string{
+	"log", "emit-event", "start-clone", "abort-clone", "acquire-arbiter", "close-epoch", "forget", "promote",
+	"open-gate", "stop-logging", "kill-local-vm", "discard-backup", "notify-peer", "announce", "collect-diagnosis",
+}
+
+func (k ActionKind) String() string { return name(actionNames[:], k) }
+
+// Notify is what one side tells the other.
+type Notify uint8
+
+const (
+	NotifyNone Notify = iota
+	// NotifySwitched: the primary records; entitles a loaded backup.
+	NotifySwitched
+	// NotifyRunning: the backup replays.
+	NotifyRunning
+	// NotifyCloneFailed: the backup could not be made.
+	NotifyCloneFailed
+	// NotifyQEMUDied: the copy here is dead or as good as dead.
+	NotifyQEMUDied
+	// NotifyDiverged: the backup diverged and is gone.
+	NotifyDiverged
+	// NotifyStopping: the agent here stops. Sent by the agent on its own.
+	NotifyStopping
+	// NotifyPoweredOff: the domain was stopped on purpose.
+	NotifyPoweredOff
+	// NotifyDiscard: the backup is not wanted.
+	NotifyDiscard
+	// NotifyDisable: the user asked on the backup's host to end protection.
+	NotifyDisable
+	numNotifies
+)
+
+var notifyNames = [numNotifies]string{
+	"none", "switched", "running", "clone-failed", "qemu-died", "diverged", "stopping", "powered-off", "discard", "disable",
+}
+
+func (n Notify) String() string { return name(notifyNames[:], n) }
+
+// Event gives the event that the peer's machine is to step when it receives n.
+// It is false for a value that this version does not know.
+func (n Notify) Event() (EventKind, bool) {
+	switch n {
+	case NotifySwitched:
+		return EventPrimarySwitched, true
+	case NotifyRunning:
+		return EventBackupRunning, true
+	case NotifyCloneFailed:
+		return EventCloneFailed, true
+	case NotifyQEMUDied:
+		return EventPeerQEMUDied, true
+	case NotifyDiverged:
+		return EventPeerDiverged, true
+	case NotifyStopping:
+		return EventPeerStopping, true
+	case NotifyPoweredOff:
+		return EventPeerPoweredOff, true
+	case NotifyDiscard:
+		return EventDiscard, true
+	case NotifyDisable:
+		return EventUserDisable, true
+	default:
+		return 0, false
+	}
+}
+
+// Action is something to be done, as data.
+type Action struct {
+	Kind  ActionKind
+	Epoch plugin.Epoch
+	// Peer is the other host of Epoch.
+	Peer   string
+	State  State  // ActionEmitEvent
+	Reason Reason // ActionEmitEvent, ActionKillLocalVM, ActionDiscardBackup, ActionNotifyPeer
+	Notify Notify // ActionNotifyPeer
+	Line   string // ActionLog
+}
+
+func (a Action) String() string {
+	switch a.Kind {
+	case ActionLog:
+		return "log " + a.Line
+	case ActionEmitEvent:
+		return fmt.Sprintf("%s %s %s", a.Kind, a.State, a.Reason)
+	case ActionKillLocalVM, ActionDiscardBackup:
+		return fmt.Sprintf("%s %s", a.Kind, a.Reason)
+	case ActionNotifyPeer:
+		return fmt.Sprintf("%s %s epoch=%d", a.Kind, a.Notify, a.Epoch)
+	case ActionAcquireArbiter, ActionCloseEpoch:
+		return fmt.Sprintf("%s epoch=%d", a.Kind, a.Epoch)
+	case ActionStartClone:
+		return fmt.Sprintf("%s peer=%s epoch=%d", a.Kind, a.Peer, a.Epoch)
+	default:
+		return a.Kind.String()
+	}
+}

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pair
+
+// stepPrimary lets an event happen on the host where the domain runs and is
+// seen, also before it was ever protected.
+func (m *Machine) stepPrimary(ev Event) {
+	switch ev.Kind {
+	case EventQEMUDied:
+		m.primaryDied()
+		return
+	case EventDomainStopped:
+		m.primaryStopped()
+		return
+	case EventUserDisable:
+		m.disable()
+		return
+	}
+	switch m.state {
+	case Cloning, Protected:
+		if m.switched {
+			m.stepRecording(ev)
+		} else {
+			m.stepCloning(ev)
+		}
+	default:
+		// Once the pair is broken, only the arbiter counts: what the peer
+		// says cannot make it whole again.
+		m.ignore(ev)
+	}
+}
+
+// stepCloning: the primary does not record yet, the backup is not entitled.
+func (m *Machine) stepCloning(ev Event) {
+	switch ev.Kind {
+	case EventSwitched:
+		m.switched, m.stall, m.settle = true, 0, m.cfg.Settle
+		m.notify(NotifySwitched)
+		m.logf("recording from the clone point of epoch %d on", m.epoch)
+	case EventCloneFailed:
+		m.abortClone(refine(CloneFailed, ev.Reason))
+	case EventSessionLost:
+		m.abortClone(LostConnection)
+	case EventPeerDead:
+		m.abortClone(PeerAgentLost)
+	case EventPeerQEMUDied, EventPeerDiverged, EventPeerStopping:
+		m.abortClone(CloneFailed)
+	case EventPluginLost:
+		m.abortClone(PluginLost)
+	default:
+		m.ignore(ev)
+	}
+}
+
+// abortClone lets the domain run on alone. The backup was never entitled, so
+// nothing has to be waited for; but the epoch is claimed, lest it stay
+// undecided and keep the next one from being opened.
+func (m *Machine) abortClone(reason Reason) {
+	m.do(Action{Kind: ActionAbortClone})
+	m.notify(NotifyDiscard)
+	m.becomeUnprotected(reason)
+	m.claim()
+}
+
+// stepRecording: the primary records, so the backup may be entitled, and every
+// way out but a power-off leads through the arbiter.
+func (m *Machine) stepRecording(ev Event) {
+	switch ev.Kind {
+	case EventBackupRunning:
+		if m.state == Cloning {
+			m.becomeProtected(m.graceReason())
+		}
+	case EventCloneFailed:
+		if m.state == Cloning {
+			m.goLive(refine(CloneFailed, ev.Reason))
+		} else {
+			m.ignore(ev)
+		}
+	case EventSessionLost:
+		m.sessionLost = true
+		m.lose(LostConnection, m.cfg.Grace)
+	case EventSessionRestored:
+		m.heal()
+	case EventPeerDead:
+		m.goLive(PeerAgentLost)
+	case EventPeerQEMUDied:
+		m.goLive(BackupLost)
+	case EventPeerDiverged:
+		m.goLive(Divergence)
+	case EventPeerStopping:
+		// Waiting for the backup to come back would hold the outputs.
+		m.goLive(PeerStopping)
+	case EventPluginLost:
+		m.pluginOut = m.cfg.Plugin
+	case EventPluginRestored:
+		m.pluginOut = 0
+	default:
+		m.ignore(ev)
+	}
+}
+
+// heal ends the grace of a session that came back.
+func (m *Machine) heal() {
+	m.sessionLost, m.grace, m.stopping = false, 0, 0
+	if m.state == Protected {
+		m.becomeProtected(ReasonNone)
+	}
+}
+
+func (m *Machine) graceReason() Reason {
+	if m.grace > 0 {
+		return m.graceFor
+	}
+	return ReasonNone
+}
+
+// primaryDied: the backup is to go live. This side does not ask the arbiter,
+// or it could win for a dead copy.
+func (m *Machine) primaryDied() {
+	m.vm = false
+	m.pluginOut = 0
+	switch m.state {
+	case Cloning:
+		if !m.switched {
+			m.do(Action{Kind: ActionAbortClone})
+		}
+		m.notify(NotifyQEMUDied)
+	case Protected, GoingLive:
+		m.notify(NotifyQEMUDied)
+	case Failed:
+		return
+	case Unprotected:
+		if m.reason == PoweredOff || m.epoch == 0 {
+			return
+		}
+	}
+	preSwitch := m.state == Cloning && !m.switched
+	m.becomeFailed(QEMUDied)
+	if preSwitch {
+		m.claim()
+	}
+}
+
+// primaryStopped: a deliberate end is no failure, and the backup must not take
+// it for one.
+func (m *Machine) primaryStopped() {
+	m.vm = false
+	switch m.state {
+	case Protected, Cloning, GoingLive:
+		inSync := m.state == Protected && !m.sessionLost && m.grace == 0
+		if m.state == Cloning && !m.switched {
+			m.do(Action{Kind: ActionAbortClone})
+		}
+		m.notify(NotifyPoweredOff)
+		m.becomeUnprotected(PoweredOff)
+		if inSync {
+			// Both hosts have the disks, so either may start the domain.
+			m.do(Action{Kind: ActionCloseEpoch})
+		} else {
+			// The backup may lack writes, or never hear of the power-off.
+			m.claim()
+		}
+	case Unprotected, Live:
+		// This host keeps what it owns: the other's disks are behind.
+		m.becomeUnprotected(PoweredOff)
+	default:
+		m.logf("domain stopped while %s", m.Status())
+	}
+}
+
+func (m *Machine) disable() {
+	switch m.state {
+	case Cloning:
+		m.disabling = true
+		if m.switched {
+			m.notify(NotifyDiscard)
+			m.goLive(UserRequest)
+		} else {
+			m.abortClone(UserRequest)
+		}
+	case Protected:
+		m.disabling = true
+		m.notify(NotifyDiscard)
+		m.goLive(UserRequest)
+	case GoingLive:
+		m.disabling = true
+	case Unprotected:
+		if m.asking {
+			m.disabling = true
+		} else if m.epoch != 0 {
+			m.forget()
+		}
+		m.becomeUnprotected(UserRequest)
+	case Live:
+		m.forget()
+		m.becomeUnprotected(UserRequest)
+	case Failed:
+		// Whoever owns the epoch keeps it; only the wish ends here.
+		m.becomeUnprotected(UserRequest)
+	}
+}
+
+// pluginGone: the plugin did not come back. Its gate is shut, so the copy in
+// its hands is of no use to anybody.
+func (m *Machine) pluginGone() {
+	switch {
+	case m.part == rolePrimary && m.state == Protected && !m.sessionLost:
+		// The backup is known to be well. Leaving the field to it needs no
+		// arbiter; it will ask for itself.
+		m.kill(PluginLost)
+		m.notify(NotifyQEMUDied)
+		m.becomeFailed(PluginLost)
+	case m.part == rolePrimary && m.state == Cloning:
+		m.goLive(PluginLost)
+	case m.part == rolePrimary:
+		// The session is in its grace; that decides.
+		m.pluginOut = m.cfg.Plugin
+	default:
+		m.discard(PluginLost)
+		m.notify(NotifyQEMUDied)
+		m.becomeFailed(PluginLost)
+	}
+}
+
+func refine(reason, by Reason) Reason {
+	if by != ReasonNone {
+		return by
+	}
+	return reason
+}
