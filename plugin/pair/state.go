@@ -159,7 +159,7 @@ func Transitions() []Transition {
 		{p, GoingLive, Live, "arbiter won"},
 		{p, GoingLive, Unprotected, "power-off"},
 		{p, GoingLive, Failed, "arbiter lost, or QEMU died"},
-		{p, Live, Cloning, "enable: redundancy is restored"},
+		{p, Live, Cloning, "enabled again, to restore redundancy"},
 		{p, Live, Unprotected, "power-off, or protection taken away"},
 		{p, Live, Failed, "QEMU died"},
 		{p, Failed, Cloning, "restarted and enabled"},
