@@ -8,19 +8,17 @@ package migrate
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"path/filepath"
 	"strconv"
 	"time"
 
-	"libvirt.org/go/libvirtxml"
-
+	"ftvirt.org/ftvirt/hooks"
 	"ftvirt.org/ftvirt/plugin"
+	"ftvirt.org/ftvirt/plugin/channel"
 )
 
 // Errors of a clone. Whatever fails before the switch leaves the domain
@@ -48,8 +46,6 @@ const (
 type Disk struct {
 	Target string `json:"target"` // vda
 	Root   string `json:"root"`   // the blkreplay node, which the device uses
-	Node   string `json:"node"`   // the block node below it
-	Path   string `json:"path"`   // on the primary's host
 	Format string `json:"format"`
 	Size   int64  `json:"size"` // virtual size, bytes
 }
@@ -128,61 +124,30 @@ type Source struct {
 	Plugin Recorder
 }
 
-type blockdev struct {
-	Driver   string `json:"driver"`
-	NodeName string `json:"node-name"`
-	Image    string `json:"image"`
-}
-
 // Disks lists what has to be replicated: the disks whose device sits on a
 // blkreplay node that the transform put there.
 func (s *Source) Disks(ctx context.Context, id plugin.UUID, xml string) ([]Disk, error) {
-	var dom libvirtxml.Domain
-	if err := dom.Unmarshal(xml); err != nil {
-		return nil, fmt.Errorf("domain description: %w", err)
-	}
-	if dom.Devices == nil || dom.QEMUCommandline == nil {
-		return nil, nil
+	dom, err := hooks.Parse([]byte(xml))
+	if err != nil {
+		return nil, err
 	}
 	sizes, err := s.sizes(ctx, id)
 	if err != nil {
 		return nil, err
 	}
-	replayed := map[string]string{} // blkreplay node -> node below
-	for _, arg := range dom.QEMUCommandline.Args {
-		var b blockdev
-		if json.Unmarshal([]byte(arg.Value), &b) == nil && b.Driver == "blkreplay" {
-			replayed[b.NodeName] = b.Image
+	var disks []Disk
+	for _, n := range hooks.DiskNodes(dom) {
+		size, ok := sizes[n.Node]
+		if _, replayed := sizes[n.Replay]; !ok || !replayed {
+			return nil, fmt.Errorf("%w: %s: QEMU has no block node %q below %q", ErrDisk, n.Target, n.Node, n.Replay)
 		}
-	}
-	nodeOf := map[string]string{} // device alias -> blkreplay node
-	if dom.QEMUOverride != nil {
-		for _, d := range dom.QEMUOverride.Devices {
-			for _, p := range d.Frontend.Properties {
-				if p.Name == "drive" {
-					nodeOf[d.Alias] = p.Value
-				}
+		d := Disk{Target: n.Target, Root: n.Replay, Format: "raw", Size: size}
+		for _, x := range dom.Devices.Disks {
+			if x.Target != nil && x.Target.Dev == n.Target && x.Driver != nil && x.Driver.Type != "" {
+				d.Format = x.Driver.Type
 			}
 		}
-	}
-	var disks []Disk
-	for _, d := range dom.Devices.Disks {
-		if d.Alias == nil || d.Target == nil || d.Source == nil || d.Source.File == nil {
-			continue
-		}
-		root := nodeOf[d.Alias.Name]
-		node := replayed[root]
-		if node == "" {
-			continue
-		}
-		disk := Disk{Target: d.Target.Dev, Root: root, Node: node, Path: d.Source.File.File, Format: "raw", Size: sizes[node]}
-		if d.Driver != nil && d.Driver.Type != "" {
-			disk.Format = d.Driver.Type
-		}
-		if disk.Size == 0 {
-			return nil, fmt.Errorf("%w: %s: QEMU has no block node %q", ErrDisk, disk.Target, node)
-		}
-		disks = append(disks, disk)
+		disks = append(disks, d)
 	}
 	return disks, nil
 }
@@ -306,7 +271,7 @@ func (c *clone) listen(name, purpose, target string) (string, error) {
 					return
 				}
 				defer func() { _ = peer.Close() }()
-				Splice(c.tunnels, conn, peer)
+				_ = channel.Splice(c.tunnels, conn, peer)
 			}()
 		}
 	}()
@@ -592,30 +557,4 @@ func MakeSocketDir(dir string, user int) error {
 		return fmt.Errorf("socket directory: %w", err)
 	}
 	return nil
-}
-
-// Splice copies both ways until one end is done or ctx ends, and closes both.
-func Splice(ctx context.Context, a, b net.Conn) {
-	stop := context.AfterFunc(ctx, func() {
-		_ = a.Close()
-		_ = b.Close()
-	})
-	defer stop()
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		half(a, b)
-	}()
-	half(b, a)
-	<-done
-}
-
-func half(to, from net.Conn) {
-	_, err := io.Copy(to, from)
-	if w, ok := to.(interface{ CloseWrite() error }); ok && err == nil {
-		_ = w.CloseWrite()
-		return
-	}
-	_ = to.Close()
-	_ = from.Close()
 }

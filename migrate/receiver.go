@@ -49,13 +49,15 @@ type Receiver struct {
 	Dir     string // for sockets; made, and removed at the end
 	DiskDir string // for replicas of disks
 	// Describe makes the backup's description out of the primary's; disks
-	// maps targets to paths on this host.
-	Describe func(xml string, epoch plugin.Epoch, disks map[string]string) (string, error)
+	// maps targets to paths on this host, nodes to the block nodes that
+	// libvirt will make for them.
+	Describe func(xml string, epoch plugin.Epoch, disks map[string]string) (xmlHere string, nodes map[string]string, err error)
 	// Attached waits for the plugin of the new QEMU.
 	Attached func(ctx context.Context) (Replayer, error)
 
 	epoch   plugin.Epoch
 	disks   []Disk
+	nodes   map[string]string // by target
 	files   []string
 	created bool
 	replay  Replayer
@@ -94,10 +96,11 @@ func (r *Receiver) Prepare(ctx context.Context, req PrepareRequest) (err error) 
 		}
 		paths[d.Target] = path
 	}
-	xml, err := r.Describe(req.XML, req.Epoch, paths)
+	xml, nodes, err := r.Describe(req.XML, req.Epoch, paths)
 	if err != nil {
 		return err
 	}
+	r.nodes = nodes
 	if err := r.Local.Create(ctx, xml); err != nil {
 		return err
 	}
@@ -158,7 +161,7 @@ func (r *Receiver) export(ctx context.Context) error {
 	}
 	for _, d := range r.disks {
 		err := r.monitor(ctx, "block-export-add", map[string]any{
-			"id": "ftvirt-" + d.Target, "type": "nbd", "node-name": d.Node, "name": d.Target, "writable": true,
+			"id": "ftvirt-" + d.Target, "type": "nbd", "node-name": r.nodes[d.Target], "name": d.Target, "writable": true,
 		})
 		if err != nil {
 			return fmt.Errorf("export of %s: %w", d.Target, err)

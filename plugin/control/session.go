@@ -16,6 +16,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"ftvirt.org/ftvirt/plugin"
@@ -48,6 +49,8 @@ type Session struct {
 	conn  net.Conn
 	r     *bufio.Reader
 	hello Hello
+	qemu  *os.Process
+	user  int
 
 	mu  sync.Mutex // writes
 	buf []byte
@@ -55,6 +58,22 @@ type Session struct {
 
 // Hello is what the plugin said of itself when it connected.
 func (s *Session) Hello() Hello { return s.hello }
+
+// User is the uid that QEMU runs as.
+func (s *Session) User() int { return s.user }
+
+// Alive tells whether the QEMU of this session still exists.
+func (s *Session) Alive() bool {
+	return !errors.Is(s.qemu.Signal(syscall.Signal(0)), os.ErrProcessDone)
+}
+
+// Kill ends the QEMU of this session at once, without asking libvirt or QEMU.
+func (s *Session) Kill() error {
+	if err := s.qemu.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("QEMU of %s: %w", s.hello.Domain, err)
+	}
+	return nil
+}
 
 // Close ends the connection; the plugin connects again by itself.
 func (s *Session) Close() error { return s.conn.Close() }
@@ -260,5 +279,36 @@ func accept(conn net.Conn) (*Session, error) {
 	if s.hello, err = parseHello(p); err != nil {
 		return nil, fmt.Errorf("plugin hello: %w", err)
 	}
+	if err := s.identify(); err != nil {
+		return nil, fmt.Errorf("plugin hello: %w", err)
+	}
 	return s, conn.SetReadDeadline(time.Time{})
+}
+
+// identify takes hold of the process at the other end, as the kernel names it:
+// the pid in HELLO may be of another namespace, or a lie.
+func (s *Session) identify() error {
+	sc, ok := s.conn.(syscall.Conn)
+	if !ok {
+		return fmt.Errorf("not a socket: %T", s.conn)
+	}
+	raw, err := sc.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var cred *syscall.Ucred
+	var credErr error
+	if err := raw.Control(func(fd uintptr) {
+		cred, credErr = syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
+	}); err != nil {
+		return err
+	}
+	if credErr != nil {
+		return credErr
+	}
+	s.user = int(cred.Uid)
+	// On Linux this holds a pidfd, so that a later process with the same
+	// number is not taken for this one.
+	s.qemu, err = os.FindProcess(int(cred.Pid))
+	return err
 }

@@ -433,3 +433,18 @@ func (c *Conn) Monitor(ctx context.Context, id plugin.UUID, command string, args
 	}
 	return nil
 }
+
+// Hypervisor gives the version of the QEMU that libvirt runs, as "10.0.2".
+func (c *Conn) Hypervisor(ctx context.Context) (string, error) {
+	return call(ctx, c, "version of QEMU", func(conn *libvirt.Connect) (string, error) {
+		v, err := conn.GetVersion()
+		return fmt.Sprintf("%d.%d.%d", v/1000000, v/1000%1000, v%1000), err
+	})
+}
+
+// Snapshots counts the snapshots of a domain.
+func (c *Conn) Snapshots(ctx context.Context, id plugin.UUID) (int, error) {
+	return withDomain(ctx, c, id, "snapshots of "+id.String(), func(d *libvirt.Domain) (int, error) {
+		return d.SnapshotNum(0)
+	})
+}

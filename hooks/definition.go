@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package hooks
+
+import "libvirt.org/go/libvirtxml"
+
+// Definition makes the persistent definition of a domain out of the XML of its
+// running copy, be it a backup that went live: transformed, with the given
+// annotation, without what belongs to this run alone.
+//
+// The live XML must come with VIR_DOMAIN_XML_SECURE if a display has a password.
+func Definition(live *libvirtxml.Domain, a Annotation, o Options) (*libvirtxml.Domain, error) {
+	if err := o.validate(); err != nil {
+		return nil, err
+	}
+	shift, err := shiftOf(live)
+	if err != nil {
+		return nil, err
+	}
+	o.ICountShift = shift
+	dom, err := Plain(live)
+	if err != nil {
+		return nil, err
+	}
+	stripRuntime(dom)
+	if err := WriteAnnotation(dom, a); err != nil {
+		return nil, err
+	}
+	return apply(dom, o, false)
+}

@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package agent is the process that serves one host: it keeps the state
+// machine of each protected domain, carries logs between the plugins inside
+// QEMU and the agents of other hosts, clones, detects failures and asks the
+// arbiter. It decides nothing that package pair does not tell it.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"ftvirt.org/ftvirt/arbiter"
+	"ftvirt.org/ftvirt/plugin"
+	"ftvirt.org/ftvirt/plugin/channel"
+	"ftvirt.org/ftvirt/plugin/config"
+	"ftvirt.org/ftvirt/plugin/control"
+	"ftvirt.org/ftvirt/plugin/detect"
+	"ftvirt.org/ftvirt/plugin/virt"
+)
+
+// Agent serves one host.
+type Agent struct {
+	cfg       config.Config
+	log       *slog.Logger
+	virt      *virt.Conn
+	arbiter   arbiter.Arbiter
+	transport channel.Transport
+	channel   channel.Config
+	detect    *detect.Service
+	events    *journal
+
+	mu      sync.Mutex
+	domains map[plugin.UUID]*domain
+	ctx     context.Context // of Run; domains live in it
+	wg      sync.WaitGroup
+}
+
+// New makes the agent of a host; Run starts it. Build is the version to show.
+func New(cfg config.Config, log *slog.Logger) (*Agent, error) {
+	a := &Agent{
+		cfg: cfg, log: log, domains: map[plugin.UUID]*domain{}, events: newJournal(),
+		channel: channel.DefaultConfig(),
+	}
+	a.channel.Logger = log
+	a.channel.QueueBytes = int(cfg.Channel.SendBuffer)
+	dir, err := arbiter.NewDir(arbiter.DirConfig{Path: cfg.Arbiter.Path})
+	if err != nil {
+		return nil, fmt.Errorf("arbiter: %w", err)
+	}
+	a.arbiter = dir
+	if !cfg.Channel.Plaintext {
+		return nil, errors.New("the logging channel has no TLS yet: set plaintext = true in [channel], " +
+			"on a network that only these hosts share")
+	}
+	a.transport = channel.Plain()
+	return a, nil
+}
+
+// Run serves until ctx ends. Domains are left as they are: a protected one
+// fails over if the agent does not come back. ready is called once the agent
+// serves.
+func (a *Agent) Run(ctx context.Context, ready func()) error {
+	if err := a.directories(); err != nil {
+		return err
+	}
+	var err error
+	a.virt, err = virt.Open(ctx, a.cfg.LibvirtURI, virt.Events{})
+	if err != nil {
+		return fmt.Errorf("libvirt at %s: %w; is libvirtd running?", a.cfg.LibvirtURI, err)
+	}
+	defer a.virt.Close()
+	a.detect, err = a.newDetector()
+	if err != nil {
+		return err
+	}
+	plugins, err := control.Listen(a.cfg.Agent.PluginSocket)
+	if err != nil {
+		return err
+	}
+	peers, err := a.transport.Listen(ctx, a.cfg.Channel.Listen)
+	if err != nil {
+		_ = plugins.Close()
+		return err
+	}
+	admin, err := a.listenAdmin()
+	if err != nil {
+		_ = plugins.Close()
+		_ = peers.Close()
+		return err
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	a.ctx = ctx
+	group.Go(func() error { return a.detect.Run(ctx) })
+	group.Go(func() error { return channel.Serve(ctx, peers, a.channel, a.servePeer) })
+	group.Go(func() error { return a.serveAdmin(ctx, admin) })
+	group.Go(func() error {
+		return plugins.Serve(func(s *control.Session) { a.servePlugin(ctx, s) },
+			func(err error) { a.log.Warn("a plugin was refused", "error", err) })
+	})
+	group.Go(func() error {
+		<-ctx.Done()
+		return plugins.Close()
+	})
+	a.log.Info("agent started", "host", a.cfg.Host, "channel", a.cfg.Channel.Listen)
+	if ready != nil {
+		ready()
+	}
+	err = group.Wait()
+	a.wg.Wait()
+	if errors.Is(err, context.Canceled) || errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+func (a *Agent) directories() error {
+	// QEMU's user must get through to the plugin socket and to the sockets
+	// of a clone, whose directories are its own.
+	if err := os.MkdirAll(a.cfg.Agent.RunDir, 0o711); err != nil {
+		return fmt.Errorf("run directory: %w", err)
+	}
+	if err := os.Chmod(a.cfg.Agent.RunDir, 0o711); err != nil {
+		return fmt.Errorf("run directory: %w", err)
+	}
+	if err := os.MkdirAll(a.cfg.Agent.StateDir, 0o700); err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	return nil
+}
+
+// cloneDir is where the sockets of a domain's clone lie.
+func (a *Agent) cloneDir(id plugin.UUID) string {
+	return filepath.Join(a.cfg.Agent.RunDir, "clone-"+id.String())
+}
+
+// domain gives the record of a domain, made at the first mention.
+func (a *Agent) domain(id plugin.UUID) *domain {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	d := a.domains[id]
+	if d == nil {
+		d = newDomain(a, id)
+		a.domains[id] = d
+		a.wg.Go(func() { d.loop(a.ctx) })
+	}
+	return d
+}
+
+func (a *Agent) known() []*domain {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	list := make([]*domain, 0, len(a.domains))
+	for _, d := range a.domains {
+		list = append(list, d)
+	}
+	return list
+}
+
+// servePlugin owns one connection of a plugin.
+func (a *Agent) servePlugin(ctx context.Context, s *control.Session) {
+	h := s.Hello()
+	a.log.Debug("plugin connected", "domain", h.Domain, "mode", h.Mode, "backup", h.Backup, "epoch", h.Epoch, "qemu", h.QEMU)
+	d := a.domain(h.Domain)
+	v := newVM(s)
+	d.attach(ctx, v)
+	err := v.run(ctx)
+	d.detach(ctx, v, err)
+}
+
+// servePeer owns one connection from another agent.
+func (a *Agent) servePeer(ctx context.Context, in *channel.Incoming) {
+	h := in.Hello
+	if h.To != a.cfg.Host {
+		_ = in.Refuse(ctx, channel.RefuseHost, fmt.Sprintf("this is host %q, not %q", a.cfg.Host, h.To))
+		return
+	}
+	if _, err := a.cfg.Peer(h.From); err != nil {
+		_ = in.Refuse(ctx, channel.RefuseHost, fmt.Sprintf("host %q is not among the peers of %q", h.From, a.cfg.Host))
+		return
+	}
+	if h.Purpose == channel.PurposeSession && h.Epoch == 0 {
+		a.serveProbe(ctx, in)
+		return
+	}
+	a.domain(h.Domain).serve(ctx, in)
+}
+
+// Time limits of the agent's own waits.
+const (
+	arbiterTimeout = 2 * time.Second
+	attachTimeout  = 15 * time.Second
+	removeTimeout  = 30 * time.Second
+	controlTimeout = 2 * time.Second
+)

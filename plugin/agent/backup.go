@@ -1,0 +1,471 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+
+	"ftvirt.org/ftvirt/migrate"
+	"ftvirt.org/ftvirt/plugin"
+	"ftvirt.org/ftvirt/plugin/channel"
+	ctl "ftvirt.org/ftvirt/plugin/control"
+	"ftvirt.org/ftvirt/plugin/pair"
+	"ftvirt.org/ftvirt/plugin/rrlog"
+)
+
+// backup is the data path of one epoch on the backup's host: the log from the
+// peer into memory, acks back, and the log into the plugin.
+type backup struct {
+	d        *domain
+	epoch    plugin.Epoch
+	peer     string
+	ctx      context.Context
+	cancel   context.CancelFunc
+	receiver *migrate.Receiver
+	store    *channel.Store
+
+	mu      sync.Mutex
+	conn    *channel.Conn
+	vm      *vm
+	beats   beats
+	promote bool
+	lagged  time.Time // when the lag was last reported
+	rate    meter
+	fed     chan struct{} // closed and renewed when the plugin consumed
+}
+
+// serve takes a connection about this domain from the host of its primary.
+func (d *domain) serve(ctx context.Context, in *channel.Incoming) {
+	d.mu.Lock()
+	b := d.backup
+	d.mu.Unlock()
+	mine := b != nil && b.epoch == in.Hello.Epoch && b.peer == in.Hello.From
+	switch {
+	case in.Hello.Purpose == channel.PurposeSession && mine:
+		b.resume(ctx, in)
+	case in.Hello.Purpose == channel.PurposeSession:
+		d.beginBackup(ctx, in)
+	case mine:
+		b.tunnel(ctx, in)
+	default:
+		_ = in.Refuse(ctx, channel.RefuseEpoch, fmt.Sprintf("epoch %d of domain %s is not being cloned to this host", in.Hello.Epoch, d.id))
+	}
+}
+
+// beginBackup enters a new epoch as its backup, if the arbiter knows it and
+// this host has nothing else to do with the domain.
+func (d *domain) beginBackup(ctx context.Context, in *channel.Incoming) {
+	h := in.Hello
+	lookup, cancel := context.WithTimeout(ctx, arbiterTimeout)
+	defer cancel()
+	rec, err := d.a.arbiter.Lookup(lookup, d.id)
+	if err != nil {
+		_ = in.Refuse(ctx, channel.RefuseInternal, fmt.Sprintf("the arbiter's storage on %s: %v", d.a.cfg.Host, err))
+		return
+	}
+	if rec.Epoch != h.Epoch || !rec.Undecided() || rec.Backup != d.a.cfg.Host || rec.Primary != h.From {
+		_ = in.Refuse(ctx, channel.RefuseEpoch, fmt.Sprintf("the arbiter does not know epoch %d with primary %s and backup %s; "+
+			"do both hosts use the same storage?", h.Epoch, h.From, d.a.cfg.Host))
+		return
+	}
+	status, v, _, _, _ := d.snapshot()
+	if v != nil || status.Removing || (status.State != pair.Unprotected && status.State != pair.Failed) {
+		_ = in.Refuse(ctx, channel.RefuseBusy, fmt.Sprintf("domain %s is %s on %s", d.id, status, d.a.cfg.Host))
+		return
+	}
+	b := &backup{d: d, epoch: h.Epoch, peer: h.From, fed: make(chan struct{})}
+	b.ctx, b.cancel = context.WithCancel(d.a.ctx)
+	b.receiver = &migrate.Receiver{
+		Local: hypervisor{d.a.virt}, Domain: d.id, Dir: d.a.cloneDir(d.id), DiskDir: d.a.cfg.Clone.DiskDir,
+		Describe: d.describeBackup, Attached: b.waitVM,
+	}
+	d.mu.Lock()
+	if d.backup != nil {
+		d.backup.stop()
+	}
+	if d.primary != nil {
+		d.primary.stop()
+	}
+	d.backup, d.primary = b, nil
+	d.mu.Unlock()
+	d.post(pair.Event{Kind: pair.EventPrepareBackup, Epoch: h.Epoch, Peer: h.From})
+	b.open(ctx, in, 0, false)
+}
+
+// resume gives the primary its session back.
+func (b *backup) resume(ctx context.Context, in *channel.Incoming) {
+	b.mu.Lock()
+	old, promote := b.conn, b.promote
+	b.mu.Unlock()
+	if promote {
+		_ = in.Refuse(ctx, channel.RefuseEpoch, "this side is going live")
+		return
+	}
+	if old != nil {
+		// The primary knows best that it broke.
+		_ = old.Close()
+	}
+	var end plugin.Position
+	if b.store != nil {
+		end = b.store.End()
+	}
+	b.open(ctx, in, end, true)
+}
+
+func (b *backup) open(ctx context.Context, in *channel.Incoming, end plugin.Position, again bool) {
+	nc, err := in.Welcome(ctx, end)
+	if err != nil {
+		return
+	}
+	conn, err := channel.NewConn(nc, b.d.a.channel, channel.Handlers{
+		methodHeartbeat:       handler(b.beginHeartbeat),
+		migrate.MethodPrepare: handler(b.prepare),
+		migrate.MethodIncoming: handler(func(ctx context.Context, r migrate.EpochRequest) (any, error) {
+			return nil, b.receiver.Incoming(ctx, r.Epoch)
+		}),
+		migrate.MethodSeeded: handler(func(ctx context.Context, r migrate.EpochRequest) (any, error) {
+			return nil, b.receiver.Seeded(ctx, r.Epoch)
+		}),
+		migrate.MethodFinish: handler(func(ctx context.Context, r migrate.EpochRequest) (any, error) {
+			return nil, b.receiver.Finish(ctx, r.Epoch)
+		}),
+		migrate.MethodDiscard: handler(b.discardRequest),
+	})
+	if err != nil {
+		return
+	}
+	b.mu.Lock()
+	b.conn = conn
+	b.mu.Unlock()
+	if again {
+		b.d.post(pair.Event{Kind: pair.EventSessionRestored, Epoch: b.epoch})
+	}
+	b.d.a.wg.Go(func() { b.receive(conn) })
+}
+
+func (b *backup) beginHeartbeat(_ context.Context, r heartbeatRequest) (any, error) {
+	h, err := b.d.beat(b.ctx, b.epoch, b.peer, r.Key, func() bool {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		return b.vm == nil || b.vm.Alive()
+	})
+	b.mu.Lock()
+	b.beats = h
+	b.mu.Unlock()
+	return nil, err
+}
+
+func (b *backup) prepare(ctx context.Context, r migrate.PrepareRequest) (any, error) {
+	if r.Epoch != b.epoch {
+		return nil, migrate.ErrEpoch
+	}
+	return nil, b.receiver.Prepare(ctx, r)
+}
+
+// discardRequest is the primary's: the clone failed before the switch.
+func (b *backup) discardRequest(ctx context.Context, r migrate.EpochRequest) (any, error) {
+	if r.Epoch != b.epoch {
+		return nil, migrate.ErrEpoch
+	}
+	b.d.post(pair.Event{Kind: pair.EventCloneFailed, Epoch: b.epoch})
+	return nil, b.discard(ctx)
+}
+
+// discard ends the backup and removes what was made for it. It kills QEMU
+// first: one that waits for the log does not answer libvirt.
+func (b *backup) discard(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), removeTimeout)
+	defer cancel()
+	b.mu.Lock()
+	v := b.vm
+	b.mu.Unlock()
+	if v != nil {
+		if err := v.Kill(); err != nil {
+			b.d.a.log.Error("cannot kill QEMU", "domain", b.d.label(), "error", err)
+		}
+	}
+	return b.receiver.Discard(ctx)
+}
+
+// tunnel connects the primary's QEMU with this host's.
+func (b *backup) tunnel(ctx context.Context, in *channel.Incoming) {
+	qemu, err := b.receiver.Dial(ctx, in.Hello.Purpose.String())
+	if err != nil {
+		_ = in.Refuse(ctx, channel.RefuseInternal, err.Error())
+		return
+	}
+	nc, err := in.Welcome(ctx, 0)
+	if err != nil {
+		_ = qemu.Close()
+		return
+	}
+	// It ends with either QEMU, or with the epoch.
+	if err := channel.Splice(b.ctx, nc, qemu); err != nil {
+		b.d.a.log.Debug("tunnel", "domain", b.d.label(), "purpose", in.Hello.Purpose, "error", err)
+	}
+}
+
+// stop ends the data path; QEMU is left as it is.
+func (b *backup) stop() {
+	b.cancel()
+	b.mu.Lock()
+	conn, v := b.conn, b.vm
+	b.conn = nil
+	b.mu.Unlock()
+	if v != nil {
+		v.watch(nil)
+	}
+	if conn != nil {
+		// It waits for requests that are served, which end with ctx.
+		b.d.a.wg.Go(func() { _ = conn.Close() })
+	}
+}
+
+// waitVM implements migrate.Receiver.Attached.
+func (b *backup) waitVM(ctx context.Context) (migrate.Replayer, error) {
+	ctx, cancel := context.WithTimeout(ctx, attachTimeout)
+	defer cancel()
+	v, err := b.d.waitAttached(ctx, func(v *vm) bool { return v.Hello().Backup && v.reports().Mode == ctl.ModeReplay })
+	if err != nil {
+		return nil, fmt.Errorf("the backup's QEMU has no working plugin: %w", err)
+	}
+	return v, nil
+}
+
+// attach takes the plugin of the backup's QEMU.
+func (b *backup) attach(v *vm) bool {
+	if h := v.Hello(); h.Epoch != 0 && h.Epoch != b.epoch {
+		return false
+	}
+	b.mu.Lock()
+	first := b.vm == nil
+	b.vm = v
+	b.mu.Unlock()
+	if first {
+		layout, err := rrlog.LayoutFor(v.Hello().QEMU.Major, v.Hello().QEMU.Minor)
+		if err != nil {
+			b.d.a.log.Error("backup", "error", err)
+			return false
+		}
+		cfg := channel.DefaultStoreConfig()
+		cfg.Limit = int(b.d.a.cfg.Channel.ReceiveBuffer)
+		if b.store, err = channel.NewStore(layout, cfg); err != nil {
+			b.d.a.log.Error("backup", "error", err)
+			return false
+		}
+	} else if err := b.store.Rewind(v.Hello().Head); err != nil {
+		b.d.a.log.Error("the backup's plugin is where the log is no more", "domain", b.d.label(), "error", err)
+		return false
+	}
+	v.watch(func() { b.watch(v) })
+	b.d.welcome(v, b.epoch, 0)
+	b.d.a.wg.Go(func() { b.feed(v) })
+	return true
+}
+
+// watch follows the plugin's reports; it must not block.
+func (b *backup) watch(v *vm) {
+	r := v.reports()
+	if r.Mode == ctl.ModeLive {
+		if once(&v.live) {
+			go b.d.post(pair.Event{Kind: pair.EventWentLive, Epoch: b.epoch})
+		}
+		return
+	}
+	if r.consumed.Loaded && once(&v.loaded) {
+		go b.d.post(pair.Event{Kind: pair.EventCloneLoaded, Epoch: b.epoch})
+	}
+	if r.Running && once(&v.running) {
+		go func() {
+			b.d.post(pair.Event{Kind: pair.EventCloneLoaded, Epoch: b.epoch})
+			b.d.post(pair.Event{Kind: pair.EventBackupRunning, Epoch: b.epoch})
+		}()
+	}
+	if r.diverged != nil && once(&v.left) {
+		b.d.a.log.Error("the backup diverged", "domain", b.d.label(), "epoch", b.epoch, "position", r.diverged.Pos,
+			"instructions", r.diverged.Icount, "wanted_kind", r.diverged.Kind, "wanted_instructions", r.diverged.Instructions)
+		go b.d.post(pair.Event{Kind: pair.EventLocalDiverged, Epoch: b.epoch})
+	}
+	b.consumed(r)
+}
+
+func (b *backup) consumed(r reports) {
+	if err := b.store.Release(r.consumed.Pos); err != nil {
+		b.d.a.log.Debug("store", "error", err)
+	}
+	b.mu.Lock()
+	close(b.fed)
+	b.fed = make(chan struct{})
+	now := time.Now()
+	due := now.Sub(b.lagged) >= lagPeriod
+	if due {
+		b.lagged = now
+	}
+	conn := b.conn
+	b.mu.Unlock()
+	if due && conn != nil {
+		c := entry{Kind: kindLag, Epoch: b.epoch, LagMicros: b.store.Lag(r.consumed.Pos).Microseconds(), Consumed: r.consumed.Pos}
+		b.d.a.wg.Go(func() { send(b.ctx, conn, c) })
+	}
+}
+
+// lagPeriod is between reports of the execution lag to the primary.
+const lagPeriod = 100 * time.Millisecond
+
+// feed gives the plugin the log, at most its window ahead, and promotes it at
+// the end if this side is to go live.
+func (b *backup) feed(v *vm) {
+	for {
+		pos, p, err := b.store.Next(b.ctx, 128<<10)
+		if errors.Is(err, io.EOF) {
+			if err := v.Promote(b.epoch); err != nil {
+				b.d.a.log.Error("cannot promote", "domain", b.d.label(), "error", err)
+			}
+			return
+		}
+		if err != nil {
+			return
+		}
+		if !b.room(v, pos+plugin.Position(len(p))) {
+			return
+		}
+		if err := v.Feed(pos, p); err != nil {
+			b.d.a.log.Warn("backup's plugin", "domain", b.d.label(), "error", err)
+			return
+		}
+	}
+}
+
+// room waits until the plugin's window reaches to end.
+func (b *backup) room(v *vm, end plugin.Position) bool {
+	for {
+		b.mu.Lock()
+		ch := b.fed
+		b.mu.Unlock()
+		if end <= v.reports().consumed.Pos+plugin.Position(v.Hello().Window) {
+			return true
+		}
+		select {
+		case <-ch:
+		case <-v.done:
+			return false
+		case <-b.ctx.Done():
+			return false
+		}
+	}
+}
+
+// receive serves a session with the primary until it breaks.
+func (b *backup) receive(conn *channel.Conn) {
+	err := b.session(conn)
+	b.mu.Lock()
+	current := b.conn == conn
+	if current {
+		b.conn = nil
+	}
+	b.mu.Unlock()
+	_ = conn.Close()
+	if current && b.ctx.Err() == nil {
+		b.d.a.log.Warn("session with the primary broke", "domain", b.d.label(), "peer", b.peer, "error", err)
+		b.d.post(pair.Event{Kind: pair.EventSessionLost, Epoch: b.epoch})
+	}
+}
+
+func (b *backup) session(conn *channel.Conn) error {
+	for {
+		m, err := conn.Receive(b.ctx)
+		if err != nil {
+			return err
+		}
+		b.mu.Lock()
+		h := b.beats
+		b.mu.Unlock()
+		h.progress()
+		switch m.Type {
+		case channel.FrameLog:
+			if err := b.append(conn, m); err != nil {
+				return err
+			}
+		case channel.FrameControl:
+			c, err := decodeControl(m)
+			if err != nil {
+				return err
+			}
+			b.control(c)
+		default:
+			return errors.New("the primary sent an ack")
+		}
+	}
+}
+
+func (b *backup) append(conn *channel.Conn, m channel.Message) error {
+	if b.store == nil {
+		return errors.New("a log without a backup")
+	}
+	acked, err := b.store.Append(b.ctx, m.Position, m.Data)
+	if err != nil {
+		return err
+	}
+	b.mu.Lock()
+	b.rate.add(len(m.Data), time.Now())
+	b.mu.Unlock()
+	return conn.SendAck(acked)
+}
+
+func (b *backup) control(c entry) {
+	ev, ok := notifyEvent(c)
+	if !ok {
+		return
+	}
+	if ev.Kind != pair.EventPeerPoweredOff {
+		b.d.post(ev)
+		return
+	}
+	// The replica of the disks is complete when the log is consumed.
+	b.d.a.wg.Go(func() {
+		ctx, cancel := context.WithTimeout(b.ctx, powerOffTimeout)
+		defer cancel()
+		b.mu.Lock()
+		v := b.vm
+		b.mu.Unlock()
+		if v != nil {
+			end := b.store.Boundary()
+			_ = v.wait(ctx, "waiting for the end of the log", func(r reports) bool { return r.consumed.Pos >= end })
+		}
+		b.d.post(ev)
+	})
+}
+
+// powerOffTimeout bounds the wait for the replay of a deliberate end.
+const powerOffTimeout = 5 * time.Second
+
+// ended tells whether the log holds the entry of a deliberate end.
+func (b *backup) ended() bool { return b.store != nil && b.store.Stats().Ended }
+
+// goLive lets the backup consume what there is of the log and then go live.
+// The arbiter was won: nothing of the primary is taken any more.
+func (b *backup) goLive() {
+	b.mu.Lock()
+	b.promote = true
+	conn := b.conn
+	b.conn = nil
+	b.mu.Unlock()
+	if b.store != nil {
+		b.store.Seal()
+	}
+	if conn != nil {
+		b.d.a.wg.Go(func() { _ = conn.Close() })
+	}
+}
+
+func (b *backup) notify(c entry) {
+	b.mu.Lock()
+	conn := b.conn
+	b.mu.Unlock()
+	send(b.ctx, conn, c)
+}

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+
+	"ftvirt.org/ftvirt/plugin"
+	"ftvirt.org/ftvirt/plugin/detect"
+	"ftvirt.org/ftvirt/plugin/pair"
+)
+
+// beats are the heartbeats of one epoch; the zero value has none.
+type beats struct{ peer *detect.Peer }
+
+// progress notes that something came from the peer by the channel.
+func (b beats) progress() {
+	if b.peer != nil {
+		b.peer.Progress()
+	}
+}
+
+// beat exchanges heartbeats with the peer of an epoch until ctx ends, and
+// posts EventPeerDead when both they and the log have been silent for too
+// long, EventPeerQEMUDied when the peer's say that its QEMU is dead.
+func (d *domain) beat(ctx context.Context, epoch plugin.Epoch, peer string, key []byte, alive func() bool) (beats, error) {
+	conf, err := d.a.cfg.Peer(peer)
+	if err != nil {
+		return beats{}, err
+	}
+	addr, err := resolve(ctx, conf.Heartbeat)
+	if err != nil {
+		return beats{}, fmt.Errorf("heartbeat address of %s: %w", peer, err)
+	}
+	p, err := d.a.detect.Register(d.id, epoch, addr, key, func() detect.Flags {
+		if alive() {
+			return detect.QEMUAlive
+		}
+		return 0
+	})
+	if err != nil {
+		return beats{}, err
+	}
+	d.a.wg.Go(func() {
+		defer p.Close()
+		for {
+			changed := p.Changed()
+			s := p.State()
+			if s.Liveness == detect.Dead {
+				d.post(pair.Event{Kind: pair.EventPeerDead, Epoch: epoch})
+			}
+			select {
+			case <-changed:
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
+	return beats{p}, nil
+}
+
+func resolve(ctx context.Context, address string) (netip.AddrPort, error) {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return netip.AddrPort{}, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, controlTimeout)
+	defer cancel()
+	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	if err != nil {
+		return netip.AddrPort{}, err
+	}
+	n, err := net.DefaultResolver.LookupPort(ctx, "udp", port)
+	if err != nil {
+		return netip.AddrPort{}, err
+	}
+	return netip.AddrPortFrom(ips[0].Unmap(), uint16(n)), nil
+}

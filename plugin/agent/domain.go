@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"io"
+	"sync"
+	"time"
+
+	"ftvirt.org/ftvirt/arbiter"
+	"ftvirt.org/ftvirt/plugin"
+	"ftvirt.org/ftvirt/plugin/control"
+	"ftvirt.org/ftvirt/plugin/pair"
+)
+
+// domain is the shell around the state machine of one domain on this host: it
+// turns what happens into events and executes the machine's actions. The
+// machine is touched by loop alone.
+type domain struct {
+	a  *Agent
+	id plugin.UUID
+
+	inbox chan pair.Event
+
+	mu       sync.Mutex
+	name     string
+	status   pair.Status
+	changed  chan struct{} // closed and renewed when status changes
+	vm       *vm           // the QEMU of this host, nil if none
+	attached chan struct{} // closed and renewed when vm changes
+	primary  *primary      // data path of the epoch in which this is the primary
+	backup   *backup       // data path of the epoch in which this is the backup
+	progress cloneProgress
+	owned    plugin.Epoch // the newest epoch that the arbiter gave to this host
+	asking   bool         // a call of the arbiter is under way
+	closing  map[plugin.Epoch]bool
+	failure  string // why the last clone failed
+}
+
+func newDomain(a *Agent, id plugin.UUID) *domain {
+	return &domain{
+		a: a, id: id, name: id.String(), inbox: make(chan pair.Event, 256), changed: make(chan struct{}),
+		attached: make(chan struct{}), closing: map[plugin.Epoch]bool{},
+		status: pair.Status{Role: plugin.RoleNone, Reason: pair.NotEnabled},
+	}
+}
+
+// post hands an event to the machine.
+func (d *domain) post(ev pair.Event) {
+	select {
+	case d.inbox <- ev:
+	case <-d.a.ctx.Done():
+	}
+}
+
+func (d *domain) loop(ctx context.Context) {
+	cfg := pair.DefaultConfig()
+	cfg.Grace = max(1, int(d.a.cfg.Channel.ReconnectGrace/pair.DefaultTick))
+	cfg.Stopping = max(cfg.Stopping, cfg.Grace)
+	m, err := pair.New(cfg)
+	if err != nil {
+		d.a.log.Error("state machine", "error", err)
+		return
+	}
+	tick := time.NewTicker(pair.DefaultTick)
+	defer tick.Stop()
+	for {
+		var ev pair.Event
+		select {
+		case <-ctx.Done():
+			d.stopData()
+			return
+		case <-tick.C:
+			ev = pair.Event{Kind: pair.EventTick}
+		case ev = <-d.inbox:
+		}
+		d.prepareFor(ev)
+		actions := m.Step(ev)
+		d.publish(m.Status())
+		for _, act := range actions {
+			d.execute(ctx, act)
+		}
+		d.settle()
+	}
+}
+
+// prepareFor notes what the actions of an event rely on.
+func (d *domain) prepareFor(ev pair.Event) {
+	if ev.Kind == pair.EventArbiterWon {
+		d.mu.Lock()
+		d.owned = max(d.owned, ev.Epoch)
+		d.mu.Unlock()
+	}
+}
+
+func (d *domain) publish(s pair.Status) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if s == d.status {
+		return
+	}
+	d.status = s
+	close(d.changed)
+	d.changed = make(chan struct{})
+}
+
+// snapshot gives what others may look at.
+func (d *domain) snapshot() (pair.Status, *vm, *primary, *backup, <-chan struct{}) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.status, d.vm, d.primary, d.backup, d.changed
+}
+
+// settle opens the gate of a VM that records although its pair is over: the
+// plugin may have switched in the moment in which the clone was given up. It
+// takes an epoch that the arbiter gave to this host.
+func (d *domain) settle() {
+	d.mu.Lock()
+	s, v, owned := d.status, d.vm, d.owned
+	d.mu.Unlock()
+	over := s.State == pair.Unprotected || s.State == pair.Live
+	if v == nil || !over || s.Asking || s.Removing {
+		return
+	}
+	if r := v.reports(); r.Mode == control.ModeRecord && r.Epoch == owned && owned != 0 && v.opened.CompareAndSwap(false, true) {
+		d.a.log.Info("the domain records without a backup: opening its gate", "domain", d.label(), "epoch", owned)
+		d.open(v, owned)
+	}
+}
+
+// open lets the outputs of a primary pass, then leaves record.
+func (d *domain) open(v *vm, epoch plugin.Epoch) {
+	if err := errors.Join(v.Open(epoch), v.Idle()); err != nil {
+		d.a.log.Error("cannot open the gate", "domain", d.label(), "epoch", epoch, "error", err)
+	}
+}
+
+func (d *domain) label() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.name
+}
+
+// learnName asks libvirt, for people's sake.
+func (d *domain) learnName(ctx context.Context) {
+	if i, err := d.a.virt.Lookup(ctx, d.id); err == nil {
+		d.mu.Lock()
+		d.name = i.Name
+		d.mu.Unlock()
+	}
+}
+
+// attach takes a plugin that connected.
+func (d *domain) attach(ctx context.Context, v *vm) {
+	d.mu.Lock()
+	again := d.vm != nil && d.status.State != pair.Unprotected
+	d.vm = v
+	close(d.attached)
+	d.attached = make(chan struct{})
+	p, b := d.primary, d.backup
+	d.mu.Unlock()
+	d.a.wg.Go(func() { d.learnName(ctx) })
+	h := v.Hello()
+	switch {
+	case h.Backup && h.Mode == control.ModeReplay:
+		if b != nil && b.attach(v) {
+			if again {
+				d.post(pair.Event{Kind: pair.EventPluginRestored})
+			}
+			return
+		}
+		d.a.log.Warn("a backup that nobody feeds is removed", "domain", h.Domain, "epoch", h.Epoch)
+		d.a.wg.Go(func() { d.destroy(ctx, v) })
+	case h.Mode == control.ModeRecord && p != nil && p.epoch == h.Epoch:
+		p.attach(v)
+		d.post(pair.Event{Kind: pair.EventPluginRestored})
+	case h.Mode == control.ModeRecord || (h.Mode == control.ModeLive && h.Backup):
+		d.a.wg.Go(func() { d.recover(ctx, v) })
+	default:
+		d.welcome(v, h.Epoch, 0)
+	}
+}
+
+func (d *domain) welcome(v *vm, epoch plugin.Epoch, resume plugin.Position) {
+	if err := v.Welcome(epoch, resume); err != nil {
+		d.a.log.Warn("plugin", "domain", d.label(), "error", err)
+		return
+	}
+	if err := v.Configure(d.a.cfg.Replay.DivergenceTimeout, d.a.cfg.Replay.TickInterval); err != nil {
+		d.a.log.Warn("plugin", "domain", d.label(), "error", err)
+	}
+}
+
+// recover handles a VM of a pair that an earlier agent of this host cared for:
+// its data path is gone, so the arbiter says whether it may go on.
+func (d *domain) recover(ctx context.Context, v *vm) {
+	epoch := v.Hello().Epoch
+	d.a.log.Info("a domain of an interrupted pair is found", "domain", d.id, "epoch", epoch, "mode", v.Hello().Mode)
+	err := arbiter.AcquireRetry(ctx, d.a.arbiter, d.id, epoch, d.a.cfg.Host, arbiter.Retry{Notify: func(n int, err error, _ time.Duration) {
+		d.a.log.Warn("arbiter", "domain", d.id, "epoch", epoch, "attempt", n, "error", err)
+	}})
+	switch {
+	case ctx.Err() != nil:
+	case err != nil:
+		d.a.log.Warn("the domain is removed: it is stale", "domain", d.id, "epoch", epoch, "error", err)
+		d.record(pair.Failed, pair.ArbiterLost, epoch)
+		d.destroy(ctx, v)
+	default:
+		d.mu.Lock()
+		d.owned = max(d.owned, epoch)
+		d.mu.Unlock()
+		d.welcome(v, epoch, v.Hello().Tail)
+		v.opened.Store(true)
+		d.open(v, epoch)
+		d.record(pair.Live, pair.LostConnection, epoch)
+	}
+}
+
+// destroy ends a QEMU for good: by its process, then at libvirt.
+func (d *domain) destroy(ctx context.Context, v *vm) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), removeTimeout)
+	defer cancel()
+	if v != nil {
+		if err := v.Kill(); err != nil {
+			d.a.log.Error("cannot kill QEMU", "domain", d.label(), "error", err)
+		}
+	}
+	if err := d.a.virt.Destroy(ctx, d.id); err != nil {
+		d.a.log.Error("cannot destroy the domain", "domain", d.label(), "error", err)
+	}
+}
+
+// detach notes that a plugin's connection ended, and why.
+func (d *domain) detach(ctx context.Context, v *vm, err error) {
+	if ctx.Err() != nil {
+		return
+	}
+	ended := v.ended(ctx)
+	d.mu.Lock()
+	current := d.vm == v
+	if current && ended {
+		d.vm = nil
+	}
+	p, b := d.primary, d.backup
+	d.mu.Unlock()
+	if err != nil && !errors.Is(err, io.EOF) {
+		d.a.log.Warn("plugin", "domain", d.label(), "error", err)
+	}
+	if !current {
+		return
+	}
+	switch {
+	case !ended:
+		d.post(pair.Event{Kind: pair.EventPluginLost})
+	case p != nil && p.ended() || b != nil && b.ended():
+		// The log holds the entry of a deliberate end.
+		d.post(pair.Event{Kind: pair.EventDomainStopped})
+		// Whether it was ordered by the machine or not, it is gone.
+		d.post(pair.Event{Kind: pair.EventQEMUDied})
+	default:
+		d.post(pair.Event{Kind: pair.EventQEMUDied})
+	}
+}
+
+// waitAttached waits for a plugin that match accepts.
+func (d *domain) waitAttached(ctx context.Context, match func(*vm) bool) (*vm, error) {
+	for {
+		d.mu.Lock()
+		v, ch := d.vm, d.attached
+		d.mu.Unlock()
+		if v != nil && match(v) {
+			return v, nil
+		}
+		select {
+		case <-ch:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+func (d *domain) record(s pair.State, r pair.Reason, epoch plugin.Epoch) {
+	e := Entry{
+		Time: time.Now(), Host: d.a.cfg.Host, Domain: d.label(), UUID: d.id, Epoch: epoch, State: s.String(),
+	}
+	if r != pair.ReasonNone {
+		e.Reason = r.String()
+	}
+	d.a.events.add(e)
+}
+
+func (d *domain) stopData() {
+	d.mu.Lock()
+	p, b := d.primary, d.backup
+	d.mu.Unlock()
+	if p != nil {
+		p.stop()
+	}
+	if b != nil {
+		b.stop()
+	}
+}

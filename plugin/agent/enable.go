@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"ftvirt.org/ftvirt/arbiter"
+	"ftvirt.org/ftvirt/hooks"
+	"ftvirt.org/ftvirt/plugin/control"
+	"ftvirt.org/ftvirt/plugin/pair"
+	"ftvirt.org/ftvirt/plugin/rrlog"
+	"ftvirt.org/ftvirt/plugin/virt"
+)
+
+// Errors of enabling, for the command line to tell what to do.
+var (
+	ErrNotRunning = errors.New("the domain is not running")
+	ErrProtected  = errors.New("the domain is protected already")
+	ErrPeer       = errors.New("the peer cannot take the backup")
+)
+
+// Check tells what keeps a domain from being protected by peer; peer may be
+// empty, to check the domain alone. It changes nothing.
+func (a *Agent) Check(ctx context.Context, name, peer string) ([]hooks.Problem, error) {
+	info, err := a.virt.Find(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	problems, err := a.checkDomain(ctx, info, peer)
+	if err != nil {
+		return nil, err
+	}
+	if peer == "" {
+		return problems, nil
+	}
+	if err := a.checkPeer(ctx, peer); err != nil {
+		problems = append(problems, hooks.Problem{
+			Code: "peer", Path: "host " + peer, Reason: err.Error(), Remedy: "see the reason; 'ftvirt agent' must run on both hosts",
+		})
+	}
+	return problems, nil
+}
+
+func (a *Agent) checkDomain(ctx context.Context, info virt.Info, peer string) ([]hooks.Problem, error) {
+	text, err := a.virt.XML(ctx, info.UUID, !info.Active)
+	if err != nil {
+		return nil, err
+	}
+	dom, err := hooks.Parse([]byte(text))
+	if err != nil {
+		return nil, err
+	}
+	opts := hooks.CheckOptions{Host: a.cfg.Host, Peer: peer}
+	for n := range a.cfg.Peers {
+		opts.Peers = append(opts.Peers, n)
+	}
+	if opts.Snapshots, err = a.virt.Snapshots(ctx, info.UUID); err != nil {
+		return nil, err
+	}
+	return hooks.Check(dom, opts), nil
+}
+
+// checkPeer asks the peer's agent what it runs.
+func (a *Agent) checkPeer(ctx context.Context, peer string) error {
+	theirs, err := a.probe(ctx, peer)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrPeer, err)
+	}
+	if theirs.Plugin == "" {
+		return fmt.Errorf("%w: host %s has no QEMU plugin: install ftvirt.so there, see plugin_file in its ftvirt.toml", ErrPeer, peer)
+	}
+	ours, err := a.hostInfo(ctx)
+	if err != nil {
+		return err
+	}
+	if ours.QEMU != theirs.QEMU {
+		return fmt.Errorf("%w: host %s has QEMU %s, this host %s: install the same version on both", ErrPeer, peer, theirs.QEMU, ours.QEMU)
+	}
+	return nil
+}
+
+// Enable protects a running domain with a backup on peer. It returns once the
+// clone has begun; what fails before leaves everything as it was.
+func (a *Agent) Enable(ctx context.Context, name, peer string) error {
+	info, err := a.virt.Find(ctx, name)
+	if err != nil {
+		return err
+	}
+	if _, err := a.cfg.Peer(peer); err != nil {
+		return err
+	}
+	if !info.Active {
+		return fmt.Errorf("%w: start it with 'virsh start %s'", ErrNotRunning, info.Name)
+	}
+	problems, err := a.checkDomain(ctx, info, peer)
+	if err != nil {
+		return err
+	}
+	if len(problems) > 0 {
+		return &hooks.NotReadyError{Domain: info.Name, Problems: problems}
+	}
+	d := a.domain(info.UUID)
+	status, v, _, _, _ := d.snapshot()
+	if status.State != pair.Unprotected && status.State != pair.Live && status.State != pair.Failed {
+		return fmt.Errorf("%w: it is %s", ErrProtected, status)
+	}
+	if v == nil || v.reports().Mode == control.ModeBoot {
+		return fmt.Errorf("%w: its definition was not made ready before its start: "+
+			"shut it down, run 'ftvirt enable %s --peer %s', and start it", hooks.ErrNotTransformed, info.Name, peer)
+	}
+	if _, err := rrlog.LayoutFor(v.Hello().QEMU.Major, v.Hello().QEMU.Minor); err != nil {
+		return err
+	}
+	if err := a.checkPeer(ctx, peer); err != nil {
+		return err
+	}
+	epoch, err := a.arbiter.Open(ctx, info.UUID, a.cfg.Host, peer)
+	if errors.Is(err, arbiter.ErrUndecided) {
+		// An epoch of before ended without a decision. If this host can have
+		// it, nobody else runs the domain.
+		rec, lerr := a.arbiter.Lookup(ctx, info.UUID)
+		if lerr != nil {
+			return lerr
+		}
+		if err := a.arbiter.Acquire(ctx, info.UUID, rec.Epoch, a.cfg.Host); err != nil {
+			return err
+		}
+		epoch, err = a.arbiter.Open(ctx, info.UUID, a.cfg.Host, peer)
+	}
+	if err != nil {
+		return err
+	}
+	if err := d.annotate(ctx, info, peer); err != nil {
+		a.log.Warn("cannot annotate the domain", "domain", info.Name, "error", err)
+	}
+	v.opened.Store(false)
+	d.setFailure(nil)
+	d.post(pair.Event{Kind: pair.EventEnable, Epoch: epoch, Peer: peer})
+	return nil
+}
+
+// Disable takes protection away; the domain runs on where it is.
+func (a *Agent) Disable(ctx context.Context, name string) error {
+	info, err := a.virt.Find(ctx, name)
+	if err != nil {
+		return err
+	}
+	d := a.domain(info.UUID)
+	d.post(pair.Event{Kind: pair.EventUserDisable})
+	return d.annotate(ctx, info, "")
+}
+
+// annotate writes the operator's wish into the domain, or takes it out.
+func (d *domain) annotate(ctx context.Context, info virt.Info, peer string) error {
+	text := ""
+	if peer != "" {
+		text = hooks.Annotation{Mode: hooks.ModeProtected, Peer: peer}.String()
+	}
+	return d.a.virt.SetMetadata(ctx, info, "ft", hooks.Namespace, text)
+}
+
+func (d *domain) setFailure(err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.failure = ""
+	if err != nil {
+		d.failure = err.Error()
+	}
+}

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"fmt"
+	"os"
+	"time"
+
+	"ftvirt.org/ftvirt/plugin"
+	"ftvirt.org/ftvirt/plugin/channel"
+	"ftvirt.org/ftvirt/plugin/detect"
+	"ftvirt.org/ftvirt/plugin/pair"
+)
+
+// Methods of agents besides those of a clone (package migrate).
+const (
+	// methodHost asks what the peer runs, before anything is begun.
+	methodHost = "host.info"
+	// methodHeartbeat agrees on the key of the heartbeats of this epoch.
+	methodHeartbeat = "heartbeat.begin"
+)
+
+// hostInfo tells whether a host can take a backup.
+type hostInfo struct {
+	Host   string `json:"host"`
+	Plugin string `json:"plugin"` // path of ftvirt.so, empty if it is not there
+	QEMU   string `json:"qemu"`
+}
+
+type heartbeatRequest struct {
+	Key []byte `json:"key"`
+}
+
+// Kinds of control entries besides the notifies of package pair.
+const kindLag = "lag"
+
+// entry is a control entry between the agents of a pair.
+type entry struct {
+	Kind   string       `json:"kind"`
+	Epoch  plugin.Epoch `json:"epoch"`
+	Reason string       `json:"reason,omitempty"`
+	// kindLag: execution lag of the backup in microseconds, and how far it is.
+	LagMicros int64           `json:"lag_us,omitempty"`
+	Consumed  plugin.Position `json:"consumed,omitempty"`
+}
+
+// notifyEvent translates the peer's notify into the event to step.
+func notifyEvent(c entry) (pair.Event, bool) {
+	for n := pair.NotifyNone + 1; ; n++ {
+		kind, ok := n.Event()
+		if !ok {
+			return pair.Event{}, false
+		}
+		if n.String() == c.Kind {
+			return pair.Event{Kind: kind, Epoch: c.Epoch}, true
+		}
+	}
+}
+
+func decodeControl(m channel.Message) (entry, error) {
+	var c entry
+	if err := json.Unmarshal(m.Data, &c); err != nil {
+		return c, fmt.Errorf("control entry %q: %w", m.Kind, err)
+	}
+	return c, nil
+}
+
+// handler adapts a typed function to the channel's requests.
+func handler[In any](f func(context.Context, In) (any, error)) channel.Handler {
+	return func(ctx context.Context, params json.RawMessage) (any, error) {
+		var in In
+		if err := json.Unmarshal(params, &in); err != nil {
+			return nil, err
+		}
+		return f(ctx, in)
+	}
+}
+
+func newKey() []byte {
+	key := make([]byte, 32)
+	_, _ = rand.Read(key) // it never fails, see crypto/rand
+	return key
+}
+
+func (a *Agent) newDetector() (*detect.Service, error) {
+	cfg := detect.DefaultConfig()
+	cfg.Interval, cfg.Timeout = a.cfg.Heartbeat.Interval, a.cfg.Heartbeat.Timeout
+	cfg.Suspect = cfg.Timeout / 2
+	return detect.Listen(a.cfg.Heartbeat.Listen, cfg)
+}
+
+// probe asks a peer what it runs, without naming a domain.
+func (a *Agent) probe(ctx context.Context, peer string) (hostInfo, error) {
+	var info hostInfo
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	conn, err := a.dial(ctx, peer, plugin.UUID{}, 0, nil)
+	if err != nil {
+		return info, err
+	}
+	defer func() { _ = conn.Close() }()
+	go func() { _, _ = conn.Receive(ctx) }()
+	return info, conn.Call(ctx, methodHost, struct{}{}, &info)
+}
+
+// serveProbe answers it.
+func (a *Agent) serveProbe(ctx context.Context, in *channel.Incoming) {
+	nc, err := in.Welcome(ctx, 0)
+	if err != nil {
+		return
+	}
+	conn, err := channel.NewConn(nc, a.channel, channel.Handlers{
+		methodHost: handler(func(ctx context.Context, _ struct{}) (any, error) { return a.hostInfo(ctx) }),
+	})
+	if err != nil {
+		return
+	}
+	defer func() { _ = conn.Close() }()
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	_, _ = conn.Receive(ctx) // until the peer hangs up
+}
+
+func (a *Agent) hostInfo(ctx context.Context) (hostInfo, error) {
+	info := hostInfo{Host: a.cfg.Host}
+	if _, err := os.Stat(a.cfg.Agent.PluginFile); err == nil {
+		info.Plugin = a.cfg.Agent.PluginFile
+	}
+	v, err := a.virt.Hypervisor(ctx)
+	info.QEMU = v
+	return info, err
+}
+
+// dial opens a session with a peer's agent.
+func (a *Agent) dial(ctx context.Context, peer string, id plugin.UUID, epoch plugin.Epoch, resume *plugin.Position) (*channel.Conn, error) {
+	p, err := a.cfg.Peer(peer)
+	if err != nil {
+		return nil, err
+	}
+	nc, pos, err := channel.Dial(ctx, a.transport, p.Channel, channel.Hello{
+		Purpose: channel.PurposeSession, From: a.cfg.Host, To: peer, Domain: id, Epoch: epoch,
+	}, a.channel)
+	if err != nil {
+		return nil, err
+	}
+	if resume != nil {
+		*resume = pos
+	}
+	return channel.NewConn(nc, a.channel, nil)
+}

@@ -1,0 +1,345 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"net"
+	"sync"
+	"time"
+
+	"ftvirt.org/ftvirt/migrate"
+	"ftvirt.org/ftvirt/plugin"
+	"ftvirt.org/ftvirt/plugin/channel"
+	ctl "ftvirt.org/ftvirt/plugin/control"
+	"ftvirt.org/ftvirt/plugin/pair"
+	"ftvirt.org/ftvirt/plugin/rrlog"
+)
+
+// cloneProgress is what status shows of a clone.
+type cloneProgress struct {
+	migrate.Progress
+	Pause time.Duration
+}
+
+// primary is the data path of one epoch on the primary's host: the log from
+// the plugin to the peer, acks and control entries back.
+type primary struct {
+	d      *domain
+	epoch  plugin.Epoch
+	peer   string
+	ctx    context.Context
+	cancel context.CancelFunc
+	beats  beats
+
+	mu     sync.Mutex
+	vm     *vm
+	conn   *channel.Conn   // nil while the session is broken
+	expect plugin.Position // of the next byte to send
+	dec    *rrlog.Decoder  // of the log as it was sent, to see a deliberate end
+	acked  plugin.Position
+	lag    time.Duration
+	rate   meter
+}
+
+// startClone begins an epoch as its primary; the machine asked for it.
+func (d *domain) startClone(ctx context.Context, epoch plugin.Epoch, peer string) {
+	ctx, cancel := context.WithCancel(ctx)
+	p := &primary{d: d, epoch: epoch, peer: peer, ctx: ctx, cancel: cancel}
+	d.mu.Lock()
+	if d.primary != nil {
+		d.primary.stop()
+	}
+	if d.backup != nil {
+		d.backup.stop()
+	}
+	d.primary, d.backup = p, nil
+	d.progress = cloneProgress{}
+	v := d.vm
+	d.mu.Unlock()
+	d.a.wg.Go(func() {
+		err := errors.New("the domain's plugin is not connected")
+		if v != nil {
+			err = p.clone(v)
+		}
+		if err != nil {
+			d.a.log.Warn("clone failed", "domain", d.label(), "epoch", epoch, "peer", peer, "error", err)
+			d.setFailure(err)
+			// The switch, if it came to it, is posted by p.watch before.
+			p.watch()
+			d.post(pair.Event{Kind: pair.EventCloneFailed, Epoch: epoch})
+		}
+	})
+}
+
+// stop ends the data path. What the plugin still logs goes nowhere.
+func (p *primary) stop() {
+	p.cancel()
+	p.mu.Lock()
+	conn, v := p.conn, p.vm
+	p.conn = nil
+	p.mu.Unlock()
+	if v != nil {
+		v.ship(nil)
+		v.watch(nil)
+	}
+	if conn != nil {
+		// Close waits for nothing of ours: this side serves no requests.
+		_ = conn.Close()
+	}
+}
+
+func (p *primary) clone(v *vm) error {
+	cfg := p.d.a.cfg
+	ctx, cancel := context.WithTimeout(p.ctx, cfg.Clone.Timeout)
+	defer cancel()
+	layout, err := rrlog.LayoutFor(v.Hello().QEMU.Major, v.Hello().QEMU.Minor)
+	if err != nil {
+		return err
+	}
+	p.dec = rrlog.NewDecoder(layout)
+	conn, err := p.d.a.dial(ctx, p.peer, p.d.id, p.epoch, nil)
+	if err != nil {
+		return err
+	}
+	p.mu.Lock()
+	p.conn, p.vm = conn, v
+	p.mu.Unlock()
+	key := newKey()
+	if err := conn.Call(ctx, methodHeartbeat, heartbeatRequest{Key: key}, nil); err != nil {
+		// Nobody reads from it yet, so that nobody else reports its end.
+		return err
+	}
+	p.d.a.wg.Go(func() { p.receive(conn) })
+	if p.beats, err = p.d.beat(p.ctx, p.epoch, p.peer, key, v.Alive); err != nil {
+		return err
+	}
+	v.ship(p.ship)
+	v.watch(p.watch)
+	if err := v.idle(ctx); err != nil {
+		return err
+	}
+	source := migrate.Source{Local: p.d.a.virt, Peer: p, Plugin: v}
+	_, err = source.Clone(ctx, migrate.Options{
+		Domain: p.d.id, Epoch: p.epoch, Dir: p.d.a.cloneDir(p.d.id), QEMUUser: v.User(),
+		Downtime: cfg.Clone.DowntimeLimit, Bandwidth: int64(cfg.Clone.Bandwidth),
+		Progress: func(m migrate.Progress) { p.progress(func(c *cloneProgress) { c.Progress = m }) },
+		Switched: func(pause time.Duration) {
+			p.progress(func(c *cloneProgress) { c.Pause = pause })
+			p.d.a.log.Info("cloned", "domain", p.d.label(), "epoch", p.epoch, "peer", p.peer, "pause", pause)
+		},
+	})
+	return err
+}
+
+func (p *primary) progress(f func(*cloneProgress)) {
+	p.d.mu.Lock()
+	defer p.d.mu.Unlock()
+	f(&p.d.progress)
+}
+
+// Call and Tunnel implement migrate.Peer.
+func (p *primary) Call(ctx context.Context, method string, in, out any) error {
+	p.mu.Lock()
+	conn := p.conn
+	p.mu.Unlock()
+	if conn == nil {
+		return errors.New("the connection to the peer is broken")
+	}
+	return conn.Call(ctx, method, in, out)
+}
+
+// Tunnel opens a raw connection to the backup's QEMU.
+func (p *primary) Tunnel(ctx context.Context, purpose, target string) (net.Conn, error) {
+	peer, err := p.d.a.cfg.Peer(p.peer)
+	if err != nil {
+		return nil, err
+	}
+	kind := channel.PurposeMigrate
+	if purpose == "nbd" {
+		kind = channel.PurposeNBD
+	}
+	conn, _, err := channel.Dial(ctx, p.d.a.transport, peer.Channel, channel.Hello{
+		Purpose: kind, From: p.d.a.cfg.Host, To: p.peer, Domain: p.d.id, Epoch: p.epoch, Target: target,
+	}, p.d.a.channel)
+	return conn, err
+}
+
+// watch looks at the plugin's reports for the switch.
+func (p *primary) watch() {
+	p.mu.Lock()
+	v := p.vm
+	p.mu.Unlock()
+	if v == nil {
+		return
+	}
+	if r := v.reports(); r.Mode == ctl.ModeRecord && r.Epoch == p.epoch && v.switched.Swap(uint64(p.epoch)) != uint64(p.epoch) {
+		p.d.post(pair.Event{Kind: pair.EventSwitched, Epoch: p.epoch})
+	}
+}
+
+// ship sends a piece of the log on. It is called by the one goroutine that
+// reads from the plugin, and blocks it when the channel is full. While the
+// session is broken it drops: the plugin keeps what is not acknowledged, and
+// sends it again from where the peer resumes.
+func (p *primary) ship(pos plugin.Position, b []byte) error {
+	p.mu.Lock()
+	conn := p.conn
+	end := pos + plugin.Position(len(b))
+	if conn == nil || pos > p.expect || end <= p.expect {
+		p.mu.Unlock()
+		return nil
+	}
+	b = b[p.expect-pos:] // sent before, as after the plugin was made to resume
+	pos = p.expect
+	p.expect += plugin.Position(len(b))
+	p.rate.add(len(b), time.Now())
+	if known := p.dec.Position(); p.expect > known && p.dec.Err() == nil {
+		if err := p.dec.Feed(b[len(b)-int(p.expect-known):]); err != nil {
+			p.d.a.log.Error("the log is not understood", "domain", p.d.label(), "error", err)
+		}
+	}
+	p.mu.Unlock()
+	// Its error is the connection's, which receive reports.
+	_ = conn.SendLog(p.ctx, pos, b)
+	return nil
+}
+
+// ended tells whether the log holds the entry of a deliberate end.
+func (p *primary) ended() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.dec != nil && p.dec.Ended()
+}
+
+// receive serves a session until it breaks, then gets another.
+func (p *primary) receive(conn *channel.Conn) {
+	for {
+		err := p.session(conn)
+		p.mu.Lock()
+		if p.conn == conn {
+			p.conn = nil
+		}
+		p.mu.Unlock()
+		_ = conn.Close()
+		if p.ctx.Err() != nil {
+			return
+		}
+		p.d.a.log.Warn("session with the peer broke", "domain", p.d.label(), "peer", p.peer, "error", err)
+		p.d.post(pair.Event{Kind: pair.EventSessionLost, Epoch: p.epoch})
+		if conn = p.reconnect(); conn == nil {
+			return
+		}
+	}
+}
+
+func (p *primary) session(conn *channel.Conn) error {
+	for {
+		m, err := conn.Receive(p.ctx)
+		if err != nil {
+			return err
+		}
+		p.beats.progress()
+		switch m.Type {
+		case channel.FrameAck:
+			p.mu.Lock()
+			v := p.vm
+			p.acked = max(p.acked, m.Position)
+			p.mu.Unlock()
+			if err := v.Ack(m.Position); err != nil {
+				p.d.a.log.Debug("plugin", "domain", p.d.label(), "error", err)
+			}
+		case channel.FrameControl:
+			c, err := decodeControl(m)
+			if err != nil {
+				return err
+			}
+			p.control(c)
+		default:
+			return errors.New("the backup sent a log")
+		}
+	}
+}
+
+func (p *primary) control(c entry) {
+	if c.Kind == kindLag {
+		p.mu.Lock()
+		p.lag = time.Duration(c.LagMicros) * time.Microsecond
+		p.mu.Unlock()
+		return
+	}
+	if ev, ok := notifyEvent(c); ok {
+		p.d.post(ev)
+	}
+}
+
+// reconnectPause is between tries to get the session back.
+const reconnectPause = 20 * time.Millisecond
+
+// reconnect gets a new session and makes the plugin resume where the peer is.
+// It gives up when the data path is stopped.
+func (p *primary) reconnect() *channel.Conn {
+	t := time.NewTicker(reconnectPause)
+	defer t.Stop()
+	for {
+		var resume plugin.Position
+		ctx, cancel := context.WithTimeout(p.ctx, controlTimeout)
+		conn, err := p.d.a.dial(ctx, p.peer, p.d.id, p.epoch, &resume)
+		cancel()
+		if err == nil {
+			p.mu.Lock()
+			p.conn, p.expect = conn, resume
+			v := p.vm
+			p.mu.Unlock()
+			if v.reports().Mode == ctl.ModeRecord {
+				p.d.welcome(v, p.epoch, resume)
+			}
+			p.d.post(pair.Event{Kind: pair.EventSessionRestored, Epoch: p.epoch})
+			return conn
+		}
+		select {
+		case <-t.C:
+		case <-p.ctx.Done():
+			return nil
+		}
+	}
+}
+
+// attach takes the plugin again after its connection broke. What the peer has
+// acknowledged is where it goes on.
+func (p *primary) attach(v *vm) {
+	p.mu.Lock()
+	p.vm = v
+	resume := p.expect
+	p.mu.Unlock()
+	v.switched.Store(uint64(p.epoch))
+	v.ship(p.ship)
+	v.watch(p.watch)
+	// Everything below expect was given to the channel, so the plugin may be
+	// told that it need not be sent again, but not that it is acknowledged:
+	// the position of the last ack is that.
+	p.mu.Lock()
+	acked := p.acked
+	p.expect = min(resume, acked)
+	p.mu.Unlock()
+	p.d.welcome(v, p.epoch, acked)
+}
+
+// notify tells the backup's agent something.
+func (p *primary) notify(c entry) {
+	p.mu.Lock()
+	conn := p.conn
+	p.mu.Unlock()
+	send(p.ctx, conn, c)
+}
+
+func send(ctx context.Context, conn *channel.Conn, c entry) {
+	if conn == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, controlTimeout)
+	defer cancel()
+	// A peer that cannot be reached finds out by its own means.
+	_ = conn.SendControl(ctx, c)
+}

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"sort"
+	"time"
+
+	"ftvirt.org/ftvirt/plugin"
+	"ftvirt.org/ftvirt/plugin/control"
+	"ftvirt.org/ftvirt/plugin/pair"
+)
+
+// Status is what one host tells of one domain. Times are in milliseconds.
+type Status struct {
+	Domain string       `json:"domain" yaml:"domain"`
+	UUID   plugin.UUID  `json:"uuid" yaml:"uuid"`
+	Host   string       `json:"host" yaml:"host"`
+	Role   plugin.Role  `json:"role" yaml:"role"`
+	State  pair.State   `json:"state" yaml:"state"`
+	Reason pair.Reason  `json:"reason" yaml:"reason"`
+	Epoch  plugin.Epoch `json:"epoch" yaml:"epoch"`
+	Peer   string       `json:"peer,omitempty" yaml:"peer,omitempty"`
+	// Mode is what the plugin in QEMU does; "none" without one.
+	Mode string `json:"mode" yaml:"mode"`
+
+	// Position is how far this host's copy is in the log of the epoch, in
+	// bytes: logged on the primary, replayed on the backup.
+	Position plugin.Position `json:"position" yaml:"position"`
+	Acked    plugin.Position `json:"acked" yaml:"acked"`
+	// Lag is how far the backup's execution is behind the primary's.
+	Lag float64 `json:"lag_ms" yaml:"lag_ms"`
+	// LogRate is in bytes per second.
+	LogRate float64 `json:"log_rate" yaml:"log_rate"`
+	// OutputDelay is how long packets waited for their acks on average,
+	// OutputDelayMax is the longest wait of the last tenth of a second.
+	OutputDelay    float64 `json:"output_delay_ms" yaml:"output_delay_ms"`
+	OutputDelayMax float64 `json:"output_delay_max_ms" yaml:"output_delay_max_ms"`
+	OutputQueue    uint64  `json:"output_queue" yaml:"output_queue"`
+	OutputDropped  uint64  `json:"output_dropped" yaml:"output_dropped"`
+	Instructions   uint64  `json:"instructions" yaml:"instructions"`
+
+	ClonePhase       string  `json:"clone_phase,omitempty" yaml:"clone_phase,omitempty"`
+	CloneTransferred int64   `json:"clone_transferred,omitempty" yaml:"clone_transferred,omitempty"`
+	CloneRemaining   int64   `json:"clone_remaining,omitempty" yaml:"clone_remaining,omitempty"`
+	ClonePause       float64 `json:"clone_pause_ms" yaml:"clone_pause_ms"`
+	// Failure is why the last clone failed.
+	Failure string `json:"failure,omitempty" yaml:"failure,omitempty"`
+}
+
+func millis(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+
+func (d *domain) report() Status {
+	s, v, p, b, _ := d.snapshot()
+	d.mu.Lock()
+	st := Status{
+		Domain: d.name, UUID: d.id, Host: d.a.cfg.Host, Role: s.Role, State: s.State, Reason: s.Reason, Epoch: s.Epoch,
+		Peer: s.Peer, Mode: "none", Failure: d.failure, ClonePause: millis(d.progress.Pause),
+	}
+	if s.State == pair.Cloning {
+		st.ClonePhase, st.CloneTransferred, st.CloneRemaining = d.progress.Phase, d.progress.Transferred, d.progress.Remaining
+	}
+	d.mu.Unlock()
+	if v == nil {
+		return st
+	}
+	r := v.reports()
+	st.Mode, st.Instructions = r.Mode.String(), r.Icount
+	if r.Mode == control.ModeLive && st.Role == plugin.RoleNone {
+		st.Role = plugin.RolePrimary
+	}
+	now := time.Now()
+	switch {
+	case r.Mode == control.ModeRecord && p != nil:
+		st.Position, st.Acked, st.Instructions = r.stats.Head, r.stats.Acked, r.stats.Icount
+		st.OutputQueue, st.OutputDropped = r.stats.Queued, r.stats.Dropped
+		if r.stats.Released > 0 {
+			st.OutputDelay = millis(time.Duration(r.stats.DelayNS / r.stats.Released))
+		}
+		st.OutputDelayMax = millis(time.Duration(r.stats.DelayMaxNS))
+		p.mu.Lock()
+		st.Lag, st.LogRate = millis(p.lag), p.rate.rate(now)
+		p.mu.Unlock()
+	case r.Mode == control.ModeReplay && b != nil && b.store != nil:
+		st.Position, st.Acked, st.Instructions = r.consumed.Pos, b.store.Boundary(), r.consumed.Icount
+		st.Lag = millis(b.store.Lag(r.consumed.Pos))
+		b.mu.Lock()
+		st.LogRate = b.rate.rate(now)
+		b.mu.Unlock()
+	}
+	return st
+}
+
+// relevant tells whether a domain has to do with ftvirt here.
+func (s Status) relevant() bool { return s.Epoch != 0 || s.Mode != "none" }
+
+// Status tells about all domains of this host that have to do with ftvirt.
+func (a *Agent) Status() []Status {
+	list := []Status{}
+	for _, d := range a.known() {
+		if s := d.report(); s.relevant() {
+			list = append(list, s)
+		}
+	}
+	sort.Slice(list, func(i, j int) bool { return list[i].Domain < list[j].Domain })
+	return list
+}
+
+// StatusOf tells about one domain, whatever it is.
+func (a *Agent) StatusOf(ctx context.Context, name string) (Status, error) {
+	for _, s := range a.Status() {
+		if s.Domain == name || s.UUID.String() == name {
+			return s, nil
+		}
+	}
+	info, err := a.virt.Find(ctx, name)
+	if err != nil {
+		return Status{}, err
+	}
+	return Status{
+		Domain: info.Name, UUID: info.UUID, Host: a.cfg.Host, Role: plugin.RoleNone, Reason: pair.NotEnabled, Mode: "none",
+	}, nil
+}

@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"ftvirt.org/ftvirt/plugin"
+	"ftvirt.org/ftvirt/plugin/control"
+)
+
+// ErrVMEnded is returned by waits on a VM whose plugin went away.
+var ErrVMEnded = errors.New("the domain's QEMU ended")
+
+// vm is one QEMU of this host, as its plugin tells of it. It implements
+// migrate.Recorder and migrate.Replayer.
+type vm struct {
+	*control.Session
+	id   plugin.UUID
+	done chan struct{} // closed when the connection ended
+	// opened: the gate was opened for good, after the pair was over.
+	opened atomic.Bool
+	// switched is the epoch whose switch was posted.
+	switched atomic.Uint64
+	// What was posted of a backup: each once.
+	loaded, running, live, left atomic.Bool
+
+	mu       sync.Mutex
+	changed  chan struct{} // closed and renewed at each report
+	state    control.State
+	consumed control.Consumed
+	stats    control.Stats
+	diverged *control.Diverged
+	refused  error
+	onLog    func(plugin.Position, []byte) error
+	onReport func() // after state, consumed and diverged; must not block
+}
+
+func newVM(s *control.Session) *vm {
+	h := s.Hello()
+	return &vm{
+		Session: s, id: h.Domain, done: make(chan struct{}), changed: make(chan struct{}),
+		state: control.State{Mode: h.Mode, Epoch: h.Epoch, Pos: h.Head, Icount: h.Icount},
+	}
+}
+
+// run reads the plugin's reports until the connection ends.
+func (v *vm) run(ctx context.Context) error {
+	defer close(v.done)
+	return v.Run(ctx, control.Handler{
+		Log: func(pos plugin.Position, p []byte) error {
+			v.mu.Lock()
+			f := v.onLog
+			v.mu.Unlock()
+			if f == nil {
+				return nil
+			}
+			return f(pos, p)
+		},
+		State:    func(s control.State) { v.report(func() { v.state = s }) },
+		Consumed: func(c control.Consumed) { v.report(func() { v.consumed = c }) },
+		Stats:    func(s control.Stats) { v.report(func() { v.stats = s }) },
+		Diverged: func(d control.Diverged) { v.report(func() { v.diverged = &d }) },
+		Refused:  func(err error) { v.report(func() { v.refused = err }) },
+	})
+}
+
+func (v *vm) report(f func()) {
+	v.mu.Lock()
+	f()
+	close(v.changed)
+	v.changed = make(chan struct{})
+	notify := v.onReport
+	v.mu.Unlock()
+	if notify != nil {
+		notify()
+	}
+}
+
+// ship directs the log of a recording VM to f.
+func (v *vm) ship(f func(plugin.Position, []byte) error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.onLog = f
+}
+
+// watch calls f after each report.
+func (v *vm) watch(f func()) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.onReport = f
+}
+
+// reports is a snapshot of what the plugin told.
+type reports struct {
+	control.State
+	consumed control.Consumed
+	stats    control.Stats
+	diverged *control.Diverged
+}
+
+func (v *vm) reports() reports {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return reports{State: v.state, consumed: v.consumed, stats: v.stats, diverged: v.diverged}
+}
+
+// wait returns when cond holds for what the plugin reported. A command that it
+// refused meanwhile is an error.
+func (v *vm) wait(ctx context.Context, what string, cond func(reports) bool) error {
+	for {
+		v.mu.Lock()
+		r := reports{State: v.state, consumed: v.consumed, stats: v.stats, diverged: v.diverged}
+		changed, refused := v.changed, v.refused
+		v.refused = nil
+		v.mu.Unlock()
+		if cond(r) {
+			return nil
+		}
+		if refused != nil {
+			return fmt.Errorf("%s: %w", what, refused)
+		}
+		select {
+		case <-changed:
+		case <-v.done:
+			return fmt.Errorf("%s: %w", what, ErrVMEnded)
+		case <-ctx.Done():
+			return fmt.Errorf("%s: %w", what, context.Cause(ctx))
+		}
+	}
+}
+
+// Recording waits until the VM records in epoch and runs.
+func (v *vm) Recording(ctx context.Context, epoch plugin.Epoch) (time.Duration, error) {
+	var pause time.Duration
+	err := v.wait(ctx, "waiting for the primary to record", func(r reports) bool {
+		pause = time.Duration(r.PauseNS)
+		return r.Mode == control.ModeRecord && r.Epoch == epoch && r.Running && r.Text == textCloned
+	})
+	return pause, err
+}
+
+// textCloned is what the plugin says when a clone is complete (mode.c).
+const textCloned = "cloned"
+
+// Replaying waits until the VM has its state and replays.
+func (v *vm) Replaying(ctx context.Context) error {
+	return v.wait(ctx, "waiting for the backup to replay", func(r reports) bool {
+		return r.Mode == control.ModeReplay && r.Running
+	})
+}
+
+// ended tells, after the connection broke, whether QEMU did. The kernel closes
+// the connection a moment before the process is gone.
+func (v *vm) ended(ctx context.Context) bool {
+	t := time.NewTicker(2 * time.Millisecond)
+	defer t.Stop()
+	ctx, cancel := context.WithTimeout(ctx, endTimeout)
+	defer cancel()
+	for v.Alive() {
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return false
+		}
+	}
+	return true
+}
+
+// endTimeout is how long a QEMU whose connection broke may take to be gone
+// before it counts as one that lives without its connection.
+const endTimeout = 100 * time.Millisecond
+
+// idle brings the VM to where it can be cloned.
+func (v *vm) idle(ctx context.Context) error {
+	if v.reports().Mode == control.ModeIdle {
+		return nil
+	}
+	if err := v.Idle(); err != nil {
+		return err
+	}
+	return v.wait(ctx, "waiting for the domain to stop recording", func(r reports) bool { return r.Mode == control.ModeIdle })
+}
+
+// once tells the first of its callers apart.
+func once(b *atomic.Bool) bool { return b.CompareAndSwap(false, true) }
