@@ -169,33 +169,42 @@ func findBusybox() ([]byte, error) {
 // fetchKernel downloads Debian's kernel package into work and unpacks it
 // there; nothing is installed.
 func fetchKernel(ctx context.Context, work string) (root, release string, err error) {
-	depends, err := run(ctx, "", "apt-cache", "depends", "--important", kernelPackage)
-	if err != nil {
-		return "", "", err
-	}
-	var image string
-	for line := range strings.Lines(string(depends)) {
-		if name, ok := strings.CutPrefix(strings.TrimSpace(line), "Depends: linux-image-"); ok {
-			image, release = "linux-image-"+name, name
-			break
+	release, err = downloadKernel(ctx, work)
+	if err != nil && ctx.Err() == nil && os.Geteuid() == 0 {
+		// Mirrors drop a kernel when its security update appears; apt's lists
+		// may still name it.
+		if _, updateErr := run(ctx, "", "apt-get", "-q", "update"); updateErr != nil {
+			return "", "", errors.Join(err, updateErr)
 		}
+		release, err = downloadKernel(ctx, work)
 	}
-	if image == "" {
-		return "", "", fmt.Errorf("apt knows no dependency of %s (run 'make deps', which updates apt's lists)", kernelPackage)
-	}
-	// As root, apt would drop to a user who may not write here.
-	if _, err := run(ctx, work, "apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", image); err != nil {
+	if err != nil {
 		return "", "", err
 	}
 	debs, err := filepath.Glob(filepath.Join(work, "*.deb"))
 	if err != nil || len(debs) != 1 {
-		return "", "", fmt.Errorf("apt-get download %s left %d packages, want 1", image, len(debs))
+		return "", "", fmt.Errorf("apt-get download left %d packages, want 1", len(debs))
 	}
 	root = filepath.Join(work, "root")
 	if _, err := run(ctx, "", "dpkg-deb", "-x", debs[0], root); err != nil {
 		return "", "", err
 	}
 	return root, release, nil
+}
+
+func downloadKernel(ctx context.Context, work string) (release string, err error) {
+	depends, err := run(ctx, "", "apt-cache", "depends", "--important", kernelPackage)
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(depends)) {
+		if name, ok := strings.CutPrefix(strings.TrimSpace(line), "Depends: linux-image-"); ok {
+			// As root, apt would drop to a user who may not write here.
+			_, err := run(ctx, work, "apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", "linux-image-"+name)
+			return name, err
+		}
+	}
+	return "", fmt.Errorf("apt knows no dependency of %s (run 'make deps', which updates apt's lists)", kernelPackage)
 }
 
 func compileProgram(ctx context.Context, work string) ([]byte, error) {

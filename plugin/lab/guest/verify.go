@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -33,13 +34,13 @@ func VerifyLines(r io.Reader) (n int, err error) {
 	buffered := bufio.NewReader(r)
 	for {
 		line, err := buffered.ReadString('\n')
-		if err == io.EOF && line == "" {
+		if errors.Is(err, io.EOF) && line == "" {
 			return n, nil
 		}
-		if err != nil && err != io.EOF {
+		if err != nil && !errors.Is(err, io.EOF) {
 			return n, err
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return n, &LineError{After: n, Text: line, Reason: "cut short"}
 		}
 		number, err := parseLine(strings.TrimSuffix(line, "\n"))
@@ -61,7 +62,7 @@ func VerifyConsole(r io.Reader) (first, last int, err error) {
 	buffered := bufio.NewReader(r)
 	for count := 0; ; {
 		line, err := buffered.ReadString('\n')
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return first, last, nil
 		}
 		if err != nil {

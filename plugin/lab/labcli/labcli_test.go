@@ -4,6 +4,7 @@ package labcli_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -24,7 +25,9 @@ func TestMain(m *testing.M) {
 	if os.Getenv("LABCLI_TEST_MAIN") == "" {
 		os.Exit(m.Run())
 	}
-	if _, err := run(os.Args[1:]...); err != nil {
+	out, err := run(os.Args[1:]...)
+	fmt.Print(out)
+	if err != nil {
 		fmt.Fprintf(os.Stderr, "error: %v\n", err)
 		os.Exit(1)
 	}
@@ -61,6 +64,42 @@ func TestErrors(t *testing.T) {
 	}
 }
 
+// TestUpDown checks that a lab outlives the command that started it, and that
+// another command finds and ends it.
+func TestUpDown(t *testing.T) {
+	const name = "clitest"
+	t.Cleanup(func() {
+		if err := lab.Remove(context.WithoutCancel(t.Context()), name); err != nil && !errors.Is(err, lab.ErrNotUp) {
+			t.Error(err)
+		}
+	})
+	out, err := ftvirt(t, "lab", "up", "--no-guest", "--no-agent", "--hosts", "3", "--name", name)
+	if err != nil || !strings.Contains(out, "hostc") || !strings.Contains(out, "qemu+unix:///system?socket=/") {
+		t.Fatalf("lab up: %q, %v", out, err)
+	}
+	if out, err := ftvirt(t, "lab", "up", "--no-guest", "--name", name); err == nil || !strings.Contains(out, "error: lab clitest: lab already up since") {
+		t.Errorf("second lab up: %q, %v", out, err)
+	}
+	if out, err := ftvirt(t, "lab", "exec", "--name", name, "hostc", "virsh", "-q", "list", "--all"); err != nil || strings.TrimSpace(out) != "" {
+		t.Errorf("virsh list on hostc: %q, %v", out, err)
+	}
+	if out, err := ftvirt(t, "lab", "down", "--name", name); err != nil {
+		t.Fatalf("lab down: %q, %v", out, err)
+	}
+	if _, err := lab.Open(t.Context(), name); !errors.Is(err, lab.ErrNotUp) {
+		t.Errorf("after lab down: %v, want %v", err, lab.ErrNotUp)
+	}
+}
+
+// ftvirt runs the command in a process of its own and returns all its output.
+func ftvirt(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), os.Args[0], args...)
+	cmd.Env = append(os.Environ(), "LABCLI_TEST_MAIN=1")
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
 func TestExec(t *testing.T) {
 	l := labtest.Up(t, lab.Options{NoAgent: true})
 	for _, test := range []struct {
@@ -73,10 +112,8 @@ func TestExec(t *testing.T) {
 		{[]string{"hostb", "sh", "-c", "echo out; exit 3"}, "out\n", true},
 		{[]string{"hostx", "true"}, "error: no such host in the lab: \"hostx\"; there are hosta, hostb, client\n", true},
 	} {
-		cmd := exec.CommandContext(t.Context(), os.Args[0], append([]string{"lab", "exec", "--name", l.Name()}, test.args...)...)
-		cmd.Env = append(os.Environ(), "LABCLI_TEST_MAIN=1")
-		out, err := cmd.CombinedOutput()
-		if string(out) != test.output || (err != nil) != test.fails {
+		out, err := ftvirt(t, append([]string{"lab", "exec", "--name", l.Name()}, test.args...)...)
+		if out != test.output || (err != nil) != test.fails {
 			t.Errorf("%v: %q, %v; want %q", test.args, out, err, test.output)
 		}
 	}

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# make deps    install what is missing (Debian 12 or 13, root)
+# make build   programs and the QEMU plugin, into bin/
+# make test    everything a change must pass, at most 25 minutes (root)
+# make lint    formatting, vet, linters, C warnings
+# make clean   remove bin/ and build/
+
+SHELL = /bin/sh
+.SHELLFLAGS = -euc
+
+# A Go installed by hand is often not in root's PATH.
+export PATH := $(PATH):/usr/local/go/bin
+# Debian's Go otherwise refuses to fetch the version that go.mod names.
+export GOTOOLCHAIN ?= auto
+
+# The libvirt binding finds libvirt when it runs, so its headers are not needed.
+TAGS = libvirt_dlopen
+GO = go
+GOFILES = $(shell git ls-files --cached --others --exclude-standard '*.go')
+CFILES = $(shell git ls-files --cached --others --exclude-standard 'plugin/lab/*.c')
+SHFILES = .ci/run $(shell git ls-files --cached --others --exclude-standard '*.sh')
+
+GOLANGCI_VERSION = v2.15.0
+GOLANGCI = build/tools/golangci-lint-$(GOLANGCI_VERSION)
+
+# Packages whose tests run real guests take turns; the others run at once and
+# with the race detector.
+REAL = ftvirt.org/ftvirt/plugin/lab/(labtest|guest)
+list_tests = $(GO) list -tags $(TAGS) -f '{{.ImportPath}} {{join .TestImports " "}} {{join .XTestImports " "}}' ./...
+UNIT = $$($(list_tests) | grep -Ev ' $(REAL)( |$$)' | cut -d' ' -f1)
+LAB = $$($(list_tests) | grep -E ' $(REAL)( |$$)' | cut -d' ' -f1)
+
+.PHONY: all deps build test unit-test lab-test lint clean build/guest
+
+all: build
+
+deps:
+	@contrib/deps.sh
+
+build: deps
+	$(MAKE) -C plugin/qemu OUT=$(CURDIR)/bin/ftvirt.so
+	$(GO) build -tags $(TAGS) -o bin/ftvirt ./plugin/cmd/ftvirt
+	CGO_ENABLED=0 $(GO) build -o bin/ftvirt-hook ./hooks/cmd/ftvirt-hook
+
+# The lab's guest, made once; the network is needed for Debian's kernel.
+build/guest: deps
+	$(GO) run ./plugin/lab/guest/cmd/ftguest-build $@
+
+test: unit-test lab-test
+
+unit-test: build
+	$(GO) test -tags $(TAGS) -race -timeout 5m $(UNIT)
+
+lab-test: build build/guest unit-test
+	$(GO) test -tags $(TAGS) -p 1 -count 1 -timeout 15m $(LAB)
+
+lint: deps $(GOLANGCI)
+	@unformatted=$$(gofmt -l $(GOFILES)); if [ -n "$$unformatted" ]; then echo "not formatted by gofmt:"; echo "$$unformatted"; exit 1; fi
+	@bare=$$(grep -L '^// SPDX-License-Identifier: Apache-2.0' $(GOFILES) || :); if [ -n "$$bare" ]; then echo "without SPDX line:"; echo "$$bare"; exit 1; fi
+	$(GO) mod tidy -diff
+	$(GO) vet -tags $(TAGS) ./...
+	$(GOLANGCI) run --build-tags $(TAGS) ./...
+	$(MAKE) -B -C plugin/qemu OUT=$(CURDIR)/build/lint/ftvirt.so
+	for file in $(CFILES); do gcc -O2 -Wall -Wextra -Werror -fsyntax-only "$$file"; done
+	for file in $(SHFILES); do sh -n "$$file"; done
+
+# A linter can only judge code for a Go that is no newer than its own.
+$(GOLANGCI):
+	mkdir -p build/tools
+	GOTOOLCHAIN=$$($(GO) env GOVERSION)+auto GOBIN=$(CURDIR)/build/tools \
+		$(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_VERSION)
+	mv build/tools/golangci-lint $@
+
+clean:
+	rm -rf bin build
