@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command ftvirt-hook is what libvirt runs when something happens to a domain.
+// Install it in /etc/libvirt/hooks/qemu.d/.
+//
+// It keeps a stale copy of a protected domain from starting, and tells the
+// agent what libvirt does. It asks the arbiter itself, so that it does so
+// without an agent, too; it never calls libvirt, which waits for it; and it
+// ends within five seconds, whatever hangs.
+//
+// Exit status 0 lets libvirt go on; 1 stops it, with the reason on standard
+// error, which libvirt shows. "reconnect" is always 0, since libvirt would kill
+// a running domain otherwise.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"time"
+
+	"ftvirt.org/ftvirt/arbiter"
+	"ftvirt.org/ftvirt/plugin/config"
+)
+
+// deadline bounds a whole run, in which libvirt holds the domain's lock.
+const deadline = 5 * time.Second
+
+func main() {
+	ctx, cancel := context.WithTimeout(context.Background(), deadline)
+	defer cancel()
+	// The context ends whatever heeds it. A file system that hangs does not.
+	time.AfterFunc(deadline, func() { os.Exit(overdue(os.Args[1:])) })
+	h := hook{
+		load:    func() (config.Config, error) { return config.Load(config.Path()) },
+		arbiter: openArbiter,
+	}
+	os.Exit(h.run(ctx, os.Args[1:], os.Stdin, os.Stderr))
+}
+
+// overdue is the exit status when time is up: what could not be decided in time
+// is not started, and nothing else is stopped.
+func overdue(args []string) int {
+	c, err := parseCall(args)
+	return exitStatus(err == nil && c.guarded())
+}
+
+func openArbiter(c config.Arbiter) (decider, error) {
+	if c.Kind != config.ArbiterDirectory {
+		return nil, fmt.Errorf("unknown arbiter kind %q", c.Kind)
+	}
+	return arbiter.NewDir(arbiter.DirConfig{Path: c.Path})
+}
