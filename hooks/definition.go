@@ -2,7 +2,11 @@
 
 package hooks
 
-import "libvirt.org/go/libvirtxml"
+import (
+	"strings"
+
+	"libvirt.org/go/libvirtxml"
+)
 
 // Definition makes the persistent definition of a domain out of the XML of its
 // running copy, be it a backup that went live: transformed, with the given
@@ -27,4 +31,11 @@ func Definition(live *libvirtxml.Domain, a Annotation, o Options) (*libvirtxml.D
 		return nil, err
 	}
 	return apply(dom, o, false)
+}
+
+// Element gives the annotation as virDomainSetMetadata and "virsh metadata
+// --set" take it: libvirt adds the namespace and its prefix.
+func (a Annotation) Element() string {
+	text := strings.Replace(a.String(), "<"+prefix+":", "<", 1)
+	return strings.Replace(text, attr("xmlns:"+prefix, Namespace), "", 1)
 }

@@ -4,9 +4,11 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"time"
 
 	"ftvirt.org/ftvirt/plugin"
 	"ftvirt.org/ftvirt/plugin/detect"
@@ -35,7 +37,7 @@ func (d *domain) beat(ctx context.Context, epoch plugin.Epoch, peer string, key 
 	if err != nil {
 		return beats{}, fmt.Errorf("heartbeat address of %s: %w", peer, err)
 	}
-	p, err := d.a.detect.Register(d.id, epoch, addr, key, func() detect.Flags {
+	p, err := d.register(ctx, epoch, addr, key, func() detect.Flags {
 		if alive() {
 			return detect.QEMUAlive
 		}
@@ -60,6 +62,25 @@ func (d *domain) beat(ctx context.Context, epoch plugin.Epoch, peer string, key 
 		}
 	})
 	return beats{p}, nil
+}
+
+// register waits for the heartbeats of the epoch before to end.
+func (d *domain) register(ctx context.Context, epoch plugin.Epoch, addr netip.AddrPort, key []byte, flags func() detect.Flags) (*detect.Peer, error) {
+	ctx, cancel := context.WithTimeout(ctx, controlTimeout)
+	defer cancel()
+	t := time.NewTicker(10 * time.Millisecond)
+	defer t.Stop()
+	for {
+		p, err := d.a.detect.Register(d.id, epoch, addr, key, flags)
+		if !errors.Is(err, detect.ErrRegistered) {
+			return p, err
+		}
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return nil, err
+		}
+	}
 }
 
 func resolve(ctx context.Context, address string) (netip.AddrPort, error) {

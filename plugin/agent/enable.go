@@ -153,11 +153,12 @@ func (a *Agent) Disable(ctx context.Context, name string) error {
 	return d.annotate(ctx, info, "")
 }
 
-// annotate writes the operator's wish into the domain, or takes it out.
+// annotate writes the operator's wish into the domain, or takes it out. libvirt
+// adds the namespace itself.
 func (d *domain) annotate(ctx context.Context, info virt.Info, peer string) error {
 	text := ""
 	if peer != "" {
-		text = hooks.Annotation{Mode: hooks.ModeProtected, Peer: peer}.String()
+		text = hooks.Annotation{Mode: hooks.ModeProtected, Peer: peer}.Element()
 	}
 	return d.a.virt.SetMetadata(ctx, info, "ft", hooks.Namespace, text)
 }

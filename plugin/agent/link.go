@@ -36,7 +36,10 @@ type heartbeatRequest struct {
 }
 
 // Kinds of control entries besides the notifies of package pair.
-const kindLag = "lag"
+const (
+	kindLag      = "lag"
+	kindProgress = "clone-progress"
+)
 
 // entry is a control entry between the agents of a pair.
 type entry struct {
@@ -50,6 +53,9 @@ type entry struct {
 
 // notifyEvent translates the peer's notify into the event to step.
 func notifyEvent(c entry) (pair.Event, bool) {
+	if c.Kind == kindProgress {
+		return pair.Event{Kind: pair.EventCloneProgress, Epoch: c.Epoch}, true
+	}
 	for n := pair.NotifyNone + 1; ; n++ {
 		kind, ok := n.Event()
 		if !ok {

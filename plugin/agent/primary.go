@@ -21,6 +21,7 @@ import (
 type cloneProgress struct {
 	migrate.Progress
 	Pause time.Duration
+	told  time.Time // when the machines were told last
 }
 
 // primary is the data path of one epoch on the primary's host: the log from
@@ -124,7 +125,7 @@ func (p *primary) clone(v *vm) error {
 	_, err = source.Clone(ctx, migrate.Options{
 		Domain: p.d.id, Epoch: p.epoch, Dir: p.d.a.cloneDir(p.d.id), QEMUUser: v.User(),
 		Downtime: cfg.Clone.DowntimeLimit, Bandwidth: int64(cfg.Clone.Bandwidth),
-		Progress: func(m migrate.Progress) { p.progress(func(c *cloneProgress) { c.Progress = m }) },
+		Progress: p.cloning,
 		Switched: func(pause time.Duration) {
 			p.progress(func(c *cloneProgress) { c.Pause = pause })
 			p.d.a.log.Info("cloned", "domain", p.d.label(), "epoch", p.epoch, "peer", p.peer, "pause", pause)
@@ -132,6 +133,25 @@ func (p *primary) clone(v *vm) error {
 	})
 	return err
 }
+
+// cloning shows how far the clone is, and tells both machines that it goes on.
+func (p *primary) cloning(m migrate.Progress) {
+	var due bool
+	p.progress(func(c *cloneProgress) {
+		c.Progress = m
+		due = time.Since(c.told) >= progressPeriod
+		if due {
+			c.told = time.Now()
+		}
+	})
+	if due {
+		p.d.post(pair.Event{Kind: pair.EventCloneProgress, Epoch: p.epoch})
+		p.notify(entry{Kind: kindProgress, Epoch: p.epoch})
+	}
+}
+
+// progressPeriod is between signs of life of a clone.
+const progressPeriod = time.Second
 
 func (p *primary) progress(f func(*cloneProgress)) {
 	p.d.mu.Lock()
