@@ -60,6 +60,7 @@ func (a *Agent) serveAdmin(ctx context.Context, l net.Listener) error {
 	mux.HandleFunc("POST /v1/enable", post(func(ctx context.Context, r EnableRequest) error { return a.Enable(ctx, r.Domain, r.Peer) }))
 	mux.HandleFunc("POST /v1/disable", post(func(ctx context.Context, r EnableRequest) error { return a.Disable(ctx, r.Domain) }))
 	mux.HandleFunc("GET /v1/events", a.serveEvents)
+	a.adminDefinitions(mux)
 	server := &http.Server{
 		Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10,
 		BaseContext: func(net.Listener) context.Context { return ctx },

@@ -137,6 +137,12 @@ func (d *domain) open(v *vm, epoch plugin.Epoch) {
 	}
 }
 
+// paired tells whether there is a pair, be it in the making.
+func (d *domain) paired() bool {
+	s, _, _, _, _ := d.snapshot()
+	return s.State == pair.Cloning || s.State == pair.Protected
+}
+
 func (d *domain) label() string {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -251,6 +251,7 @@ func (p *primary) receive(conn *channel.Conn) {
 		if conn = p.reconnect(); conn == nil {
 			return
 		}
+		p.d.post(pair.Event{Kind: pair.EventSessionRestored, Epoch: p.epoch})
 	}
 }
 
@@ -298,11 +299,11 @@ func (p *primary) control(c entry) {
 const reconnectPause = 20 * time.Millisecond
 
 // reconnect gets a new session and makes the plugin resume where the peer is.
-// It gives up when the data path is stopped.
+// It gives up when the pair is over.
 func (p *primary) reconnect() *channel.Conn {
 	t := time.NewTicker(reconnectPause)
 	defer t.Stop()
-	for {
+	for p.d.paired() {
 		var resume plugin.Position
 		ctx, cancel := context.WithTimeout(p.ctx, controlTimeout)
 		conn, err := p.d.a.dial(ctx, p.peer, p.d.id, p.epoch, &resume)
@@ -315,7 +316,6 @@ func (p *primary) reconnect() *channel.Conn {
 			if v.reports().Mode == ctl.ModeRecord {
 				p.d.welcome(v, p.epoch, resume)
 			}
-			p.d.post(pair.Event{Kind: pair.EventSessionRestored, Epoch: p.epoch})
 			return conn
 		}
 		select {
@@ -324,6 +324,7 @@ func (p *primary) reconnect() *channel.Conn {
 			return nil
 		}
 	}
+	return nil
 }
 
 // attach takes the plugin again after its connection broke. What the peer has

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"libvirt.org/go/libvirtxml"
+
+	"ftvirt.org/ftvirt/hooks"
+	"ftvirt.org/ftvirt/plugin/virt"
+)
+
+// ErrRunning is returned for what can be done to a definition only while no
+// QEMU runs from it.
+var ErrRunning = errors.New("the domain is running")
+
+// Prepare rewrites the definition of a domain that is not running, so that it
+// starts ready to be protected by peer. It does not start it, nor is the
+// domain protected by that.
+func (a *Agent) Prepare(ctx context.Context, name, peer string) error {
+	if _, err := a.cfg.Peer(peer); err != nil {
+		return err
+	}
+	info, err := a.virt.Find(ctx, name)
+	if err != nil {
+		return err
+	}
+	if info.Active {
+		return fmt.Errorf("%w: use 'ftvirt enable %s --peer %s'", ErrRunning, info.Name, peer)
+	}
+	problems, err := a.checkDomain(ctx, info, peer)
+	if err != nil {
+		return err
+	}
+	if len(problems) > 0 {
+		return &hooks.NotReadyError{Domain: info.Name, Problems: problems}
+	}
+	return a.redefine(ctx, info, func(dom *libvirtxml.Domain) (*libvirtxml.Domain, error) {
+		out, err := hooks.Transform(dom, a.transformOptions())
+		if err != nil {
+			return nil, err
+		}
+		return out, hooks.WriteAnnotation(out, hooks.Annotation{Mode: hooks.ModeProtected, Peer: peer})
+	})
+}
+
+// Restore gives a domain that is not running the definition back that it had
+// before Prepare, with what was edited since.
+func (a *Agent) Restore(ctx context.Context, name string) error {
+	info, err := a.virt.Find(ctx, name)
+	if err != nil {
+		return err
+	}
+	if info.Active {
+		return fmt.Errorf("%w: use 'ftvirt disable %s'", ErrRunning, info.Name)
+	}
+	return a.redefine(ctx, info, func(dom *libvirtxml.Domain) (*libvirtxml.Domain, error) {
+		out, err := hooks.Plain(dom)
+		if err != nil {
+			return nil, err
+		}
+		return out, hooks.RemoveAnnotation(out)
+	})
+}
+
+func (a *Agent) redefine(ctx context.Context, info virt.Info, change func(*libvirtxml.Domain) (*libvirtxml.Domain, error)) error {
+	text, err := a.virt.XML(ctx, info.UUID, true)
+	if err != nil {
+		return err
+	}
+	dom, err := hooks.Parse([]byte(text))
+	if err != nil {
+		return err
+	}
+	if dom, err = change(dom); err != nil {
+		return err
+	}
+	if text, err = dom.Marshal(); err != nil {
+		return fmt.Errorf("definition of %s: %w", info.Name, err)
+	}
+	_, err = a.virt.Define(ctx, text)
+	return err
+}
+
+func (a *Agent) transformOptions() hooks.Options {
+	return hooks.Options{
+		PluginFile: a.cfg.Agent.PluginFile, PluginSocket: a.cfg.Agent.PluginSocket, ICountShift: a.cfg.Replay.ICountShift,
+	}
+}
