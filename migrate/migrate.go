@@ -113,6 +113,9 @@ const (
 	pollFast = 2 * time.Millisecond
 	// stepTimeout bounds each step in which nothing is copied.
 	stepTimeout = 30 * time.Second
+	// prepareTimeout bounds the start of the backup's QEMU; it is longer than
+	// the receiver's own limit, so that its reason arrives.
+	prepareTimeout = 70 * time.Second
 	// switchTimeout bounds the part in which the guest is stopped.
 	switchTimeout = 5 * time.Second
 )
@@ -228,7 +231,7 @@ func (c *clone) monitor(ctx context.Context, command string, args, out any) erro
 }
 
 func (c *clone) prepare(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, stepTimeout)
+	ctx, cancel := context.WithTimeout(ctx, prepareTimeout)
 	defer cancel()
 	c.o.Progress(Progress{Phase: "preparing"})
 	xml, err := c.Local.XML(ctx, c.o.Domain, false)

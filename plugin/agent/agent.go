@@ -74,7 +74,7 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 		return err
 	}
 	var err error
-	a.virt, err = virt.Open(ctx, a.cfg.LibvirtURI, virt.Events{})
+	a.virt, err = virt.Open(ctx, a.cfg.LibvirtURI, virt.Events{Stopped: a.stopped})
 	if err != nil {
 		return fmt.Errorf("libvirt at %s: %w; is libvirtd running?", a.cfg.LibvirtURI, err)
 	}
@@ -154,6 +154,20 @@ func (a *Agent) domain(id plugin.UUID) *domain {
 		a.wg.Go(func() { d.loop(a.ctx) })
 	}
 	return d
+}
+
+// stopped notes how a domain ended, as libvirt tells it.
+func (a *Agent) stopped(s virt.Stopped) {
+	a.mu.Lock()
+	d := a.domains[s.UUID]
+	a.mu.Unlock()
+	if d == nil {
+		return
+	}
+	select {
+	case d.stops <- s:
+	default: // nobody waits for so many
+	}
 }
 
 func (a *Agent) known() []*domain {

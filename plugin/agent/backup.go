@@ -160,10 +160,16 @@ func (b *backup) beginHeartbeat(_ context.Context, r heartbeatRequest) (any, err
 	return nil, err
 }
 
+// prepareTimeout bounds the start of the backup's QEMU by libvirt, which may
+// have to learn first what that QEMU can do.
+const prepareTimeout = 60 * time.Second
+
 func (b *backup) prepare(ctx context.Context, r migrate.PrepareRequest) (any, error) {
 	if r.Epoch != b.epoch {
 		return nil, migrate.ErrEpoch
 	}
+	ctx, cancel := context.WithTimeout(ctx, prepareTimeout)
+	defer cancel()
 	return nil, b.receiver.Prepare(ctx, r)
 }
 
@@ -240,6 +246,10 @@ func (b *backup) waitVM(ctx context.Context) (migrate.Replayer, error) {
 // attach takes the plugin of the backup's QEMU.
 func (b *backup) attach(v *vm) bool {
 	if h := v.Hello(); h.Epoch != 0 && h.Epoch != b.epoch {
+		return false
+	}
+	if b.ctx.Err() != nil {
+		// It came up after the clone was given up, as when libvirt was slow.
 		return false
 	}
 	b.mu.Lock()

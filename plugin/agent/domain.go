@@ -13,6 +13,7 @@ import (
 	"ftvirt.org/ftvirt/plugin"
 	"ftvirt.org/ftvirt/plugin/control"
 	"ftvirt.org/ftvirt/plugin/pair"
+	"ftvirt.org/ftvirt/plugin/virt"
 )
 
 // domain is the shell around the state machine of one domain on this host: it
@@ -23,6 +24,7 @@ type domain struct {
 	id plugin.UUID
 
 	inbox chan pair.Event
+	stops chan virt.Stopped // what libvirt told of ends of this domain
 
 	mu       sync.Mutex
 	name     string
@@ -41,7 +43,7 @@ type domain struct {
 
 func newDomain(a *Agent, id plugin.UUID) *domain {
 	return &domain{
-		a: a, id: id, name: id.String(), inbox: make(chan pair.Event, 256), changed: make(chan struct{}),
+		a: a, id: id, name: id.String(), inbox: make(chan pair.Event, 256), stops: make(chan virt.Stopped, 8), changed: make(chan struct{}),
 		attached: make(chan struct{}), closing: map[plugin.Epoch]bool{},
 		status: pair.Status{Role: plugin.RoleNone, Reason: pair.NotEnabled},
 	}
@@ -167,6 +169,9 @@ func (d *domain) attach(ctx context.Context, v *vm) {
 	d.attached = make(chan struct{})
 	p, b := d.primary, d.backup
 	d.mu.Unlock()
+	for len(d.stops) > 0 {
+		<-d.stops // of a QEMU before this one
+	}
 	d.a.wg.Go(func() { d.learnName(ctx) })
 	h := v.Hello()
 	switch {
@@ -244,6 +249,7 @@ func (d *domain) detach(ctx context.Context, v *vm, err error) {
 		return
 	}
 	ended := v.ended(ctx)
+	mode := v.reports().Mode
 	d.mu.Lock()
 	current := d.vm == v
 	if current && ended {
@@ -265,9 +271,28 @@ func (d *domain) detach(ctx context.Context, v *vm, err error) {
 		d.post(pair.Event{Kind: pair.EventDomainStopped})
 		// Whether it was ordered by the machine or not, it is gone.
 		d.post(pair.Event{Kind: pair.EventQEMUDied})
+	case mode != control.ModeRecord && mode != control.ModeReplay:
+		// No log tells why it ended, but libvirt does.
+		if d.deliberate(ctx) {
+			d.post(pair.Event{Kind: pair.EventDomainStopped})
+		}
+		d.post(pair.Event{Kind: pair.EventQEMUDied})
 	default:
 		d.post(pair.Event{Kind: pair.EventQEMUDied})
 	}
+}
+
+// deliberate waits for libvirt to tell how a domain ended that was not logged.
+func (d *domain) deliberate(ctx context.Context) bool {
+	t := time.NewTimer(controlTimeout)
+	defer t.Stop()
+	select {
+	case s := <-d.stops:
+		return s.Deliberate
+	case <-t.C:
+	case <-ctx.Done():
+	}
+	return false
 }
 
 // waitAttached waits for a plugin that match accepts.

@@ -26,7 +26,7 @@ var (
 	ErrMonitor  = errors.New("QEMU monitor")
 )
 
-// DefaultTimeout bounds a call whose context has no earlier deadline.
+// DefaultTimeout bounds a call whose context has no deadline.
 const DefaultTimeout = 10 * time.Second
 
 // maxStuck is how many unanswered calls are tolerated before further ones fail
@@ -212,8 +212,11 @@ func uuidOf(d *libvirt.Domain) (plugin.UUID, error) {
 // or the time limit ends first.
 func call[T any](ctx context.Context, c *Conn, what string, f func(*libvirt.Connect) (T, error)) (T, error) {
 	var zero T
-	ctx, cancel := context.WithTimeout(ctx, DefaultTimeout)
-	defer cancel()
+	if _, ok := ctx.Deadline(); !ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, DefaultTimeout)
+		defer cancel()
+	}
 	select {
 	case c.stuck <- struct{}{}:
 	default:
