@@ -14,7 +14,7 @@ type DomainXML struct {
 	// XML is the definition as libvirt has it; of a transient domain, its
 	// description without what belongs to this run alone.
 	XML string `json:"xml"`
-	// Options are those with which this host transforms it.
+	// PluginFile, PluginSocket and ICountShift are this host's hooks.Options.
 	PluginFile   string `json:"plugin_file"`
 	PluginSocket string `json:"plugin_socket"`
 	ICountShift  int    `json:"icount_shift"`

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cli
+
+import (
+	"fmt"
+
+	"github.com/urfave/cli/v2"
+
+	"ftvirt.org/ftvirt/plugin/agent"
+)
+
+func disableCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "disable",
+		Usage:     "take protection away; the domain goes on where it is",
+		ArgsUsage: "DOMAIN",
+		Description: "The backup of a running domain is discarded. A domain that is not running gets the\n" +
+			"definition back that it had before it was enabled.",
+		Flags: []cli.Flag{configFlag(), socketFlag()},
+		Action: func(c *cli.Context) error {
+			if err := arguments(c, 1, 1); err != nil {
+				return err
+			}
+			agt, err := connect(c)
+			if err != nil {
+				return err
+			}
+			var dom agent.DomainInfo
+			if err := agt.get(c.Context, domainPath("/v1/domains/", c.Args().First()), &dom); err != nil {
+				return err
+			}
+			path, done := "/v1/disable", "is no longer protected"
+			if !dom.Running {
+				path, done = "/v1/restore", "has its ordinary definition back"
+			}
+			if err := agt.post(c.Context, path, agent.EnableRequest{Domain: dom.UUID.String()}); err != nil {
+				return err
+			}
+			_, err = fmt.Fprintf(c.App.Writer, "domain %s %s\n", dom.Domain, done)
+			return err
+		},
+	}
+}

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"ftvirt.org/ftvirt/plugin/agent"
+)
+
+// pollInterval is between two looks at a clone.
+const pollInterval = 200 * time.Millisecond
+
+// errNotProtected: the clone did not come to its end.
+var errNotProtected = errors.New("not protected")
+
+func enableCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "enable",
+		Usage:     "protect a domain with a backup on another host",
+		ArgsUsage: "DOMAIN --peer HOST",
+		Description: "A running domain is cloned to the peer while it runs. The definition of a domain that is\n" +
+			"not running is made ready for it; protection then begins with 'ftvirt enable' after its start.",
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "peer", Usage: "the `HOST` to run the backup, as ftvirt.toml calls it"},
+			&cli.BoolFlag{Name: "wait", Usage: "return only when the domain is protected, or the clone failed"},
+			&cli.DurationFlag{Name: "timeout", Usage: "the longest time to wait", Value: 5 * time.Minute},
+			configFlag(), socketFlag(),
+		},
+		Action: enable,
+	}
+}
+
+func enable(c *cli.Context) error {
+	if err := arguments(c, 1, 1); err != nil {
+		return err
+	}
+	name, peer := c.Args().First(), c.String("peer")
+	if peer == "" {
+		return usagef("no host is named to run the backup; usage: %s %s", commandName(c), c.Command.ArgsUsage)
+	}
+	if c.Duration("timeout") <= 0 {
+		return usagef("--timeout %s is not a time to wait; write it with a unit, such as 5m", c.Duration("timeout"))
+	}
+	agt, err := connect(c)
+	if err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(c.Context, syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	var dom agent.DomainInfo
+	if err := agt.get(ctx, domainPath("/v1/domains/", name), &dom); err != nil {
+		return err
+	}
+	// The UUID, so that a domain renamed or defined anew meanwhile is not
+	// taken for this one.
+	request := agent.EnableRequest{Domain: dom.UUID.String(), Peer: peer}
+	if !dom.Running {
+		return prepare(ctx, c, agt, dom.Domain, request)
+	}
+	var before status
+	if err := agt.get(ctx, domainPath("/v1/status/", request.Domain), &before); err != nil {
+		return err
+	}
+	if err := agt.post(ctx, "/v1/enable", request); err != nil {
+		return err
+	}
+	if !c.Bool("wait") {
+		_, err = fmt.Fprintf(c.App.Writer, "domain %s is being cloned to %s; 'ftvirt status %s' tells when it is protected\n",
+			dom.Domain, peer, dom.Domain)
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.Duration("timeout"))
+	defer cancel()
+	bar := newProgress(c.App.ErrWriter)
+	s, err := waitProtected(ctx, agt, before, bar.show)
+	bar.done()
+	switch {
+	case err == nil:
+		_, err = fmt.Fprintf(c.App.Writer, "domain %s is protected: primary %s, backup %s, epoch %d; the guest paused %s\n",
+			s.Domain, s.Host, s.Peer, s.Epoch, milliseconds(s.ClonePause))
+		return err
+	case errors.Is(err, context.DeadlineExceeded):
+		return fmt.Errorf("domain %s is %w after %s: it is %s; the clone goes on, see 'ftvirt status %s'",
+			dom.Domain, errNotProtected, c.Duration("timeout"), s.state(), dom.Domain)
+	case errors.Is(err, context.Canceled):
+		return fmt.Errorf("interrupted while domain %s is %s; the clone goes on, end it with 'ftvirt disable %s'", dom.Domain, s.state(), dom.Domain)
+	}
+	return err
+}
+
+func prepare(ctx context.Context, c *cli.Context, agt *client, name string, request agent.EnableRequest) error {
+	if c.Bool("wait") {
+		return fmt.Errorf("domain %s is not running, so there is nothing to wait for: leave --wait out to make its definition ready", name)
+	}
+	if err := agt.post(ctx, "/v1/prepare", request); err != nil {
+		return err
+	}
+	_, err := fmt.Fprintf(c.App.Writer, "domain %s is not running; its definition is ready for protection now.\n"+
+		"Protection begins with 'ftvirt enable %s --peer %s' after its start.\n", name, name, request.Peer)
+	return err
+}
+
+// waitProtected polls until the pair is complete, and fails with the reason
+// once it is clear that it will not be. It returns the last status seen.
+func waitProtected(ctx context.Context, agt *client, before status, show func(status)) (status, error) {
+	ticker := time.NewTicker(pollInterval)
+	defer ticker.Stop()
+	last, begun := before, false
+	for {
+		var s status
+		err := agt.get(ctx, domainPath("/v1/status/", before.UUID.String()), &s)
+		if ctx.Err() != nil {
+			return last, ctx.Err()
+		}
+		if err != nil {
+			return last, err
+		}
+		last = s
+		// The agent takes the wish up a moment after it answered.
+		begun = begun || s.Epoch != before.Epoch || s.State != before.State
+		switch {
+		case !begun:
+		case s.State == "protected":
+			return s, nil
+		case s.State == "cloning":
+			show(s)
+		case s.State == "going-live": // its end tells
+		default:
+			why := s.Failure
+			if why == "" {
+				why = "it is " + s.state()
+			}
+			return s, fmt.Errorf("domain %s is %w: %s", s.Domain, errNotProtected, why)
+		}
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return last, ctx.Err()
+		}
+	}
+}

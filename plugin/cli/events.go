@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cli
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"ftvirt.org/ftvirt/plugin/agent"
+)
+
+func eventsCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "events",
+		Usage:     "tell what happened to this host's pairs",
+		ArgsUsage: " ",
+		Flags: []cli.Flag{
+			&cli.BoolFlag{Name: "follow", Aliases: []string{"f"}, Usage: "go on with those to come"},
+			outputFlag(formatText, formatJSON), configFlag(), socketFlag(),
+		},
+		Action: events,
+	}
+}
+
+func events(c *cli.Context) error {
+	if err := arguments(c, 0, 0); err != nil {
+		return err
+	}
+	format, err := outputFormat(c, formatText, formatJSON)
+	if err != nil {
+		return err
+	}
+	agt, err := connect(c)
+	if err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(c.Context, syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	path := "/v1/events"
+	if c.Bool("follow") {
+		path += "?follow=1"
+	}
+	body, err := agt.open(ctx, http.MethodGet, path, nil)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	dec := json.NewDecoder(body)
+	for {
+		var e agent.Entry
+		err := dec.Decode(&e)
+		switch {
+		case ctx.Err() != nil, errors.Is(err, io.EOF) && !c.Bool("follow"):
+			return nil // all of it, or as much as was wanted
+		case errors.Is(err, io.EOF):
+			return &agentError{agt.socket, errors.New("it ended")}
+		case err != nil:
+			return &agentError{agt.socket, err}
+		}
+		if err := writeEvent(c.App.Writer, format, e); err != nil {
+			return err
+		}
+	}
+}
+
+func writeEvent(w io.Writer, format string, e agent.Entry) error {
+	if format == formatJSON {
+		return json.NewEncoder(w).Encode(e)
+	}
+	_, err := fmt.Fprintf(w, "%s  %s  %s  epoch %d  %s\n", e.Time.Format(time.StampMilli), printable(e.Host), printable(e.Domain),
+		e.Epoch, printable(withReason(e.State, e.Reason)))
+	return err
+}
