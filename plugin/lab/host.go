@@ -325,8 +325,8 @@ func (h *Host) Crash(ctx context.Context) error {
 
 // ---- agent and QEMU --------------------------------------------------------
 
-// StartAgent starts the host's ftvirt agent. Its log is /var/log/ftvirt/agent.log
-// on the host.
+// StartAgent starts the host's ftvirt agent and returns when the agent's admin
+// socket is there. Its log is /var/log/ftvirt/agent.log on the host.
 func (h *Host) StartAgent(ctx context.Context) error {
 	if !h.has("ftvirt") {
 		return fmt.Errorf("%s: start agent: no ftvirt in the lab's programs (%q): run 'make build'", h.Name, h.lab.state.Bin)
@@ -334,10 +334,39 @@ func (h *Host) StartAgent(ctx context.Context) error {
 	if pid, err := h.AgentPID(); err == nil && h.runs(ctx, pid) {
 		return fmt.Errorf("%s: start agent: it runs already, as process %d", h.Name, pid)
 	}
-	_, err := h.Exec(ctx, "/bin/sh", "-euc",
+	c, err := config.Load(h.Path(configFile))
+	if err != nil {
+		return fmt.Errorf("%s: start agent: %w", h.Name, err)
+	}
+	socket := h.Path(c.Agent.AdminSocket)
+	// One that a killed agent left would look like readiness.
+	if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%s: start agent: %w", h.Name, err)
+	}
+	if _, err := h.Exec(ctx, "/bin/sh", "-euc",
 		`setsid "$1" agent --config "$2" >>"$3" 2>&1 </dev/null & echo $! >"$4"`,
-		"sh", filepath.Join(BinDir, "ftvirt"), configFile, agentLog, agentPID)
-	return err
+		"sh", filepath.Join(BinDir, "ftvirt"), configFile, agentLog, agentPID); err != nil {
+		return err
+	}
+	pid, err := h.AgentPID()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, daemonTimeout)
+	defer cancel()
+	err = poll(ctx, func() (bool, error) {
+		if _, err := os.Stat(socket); err == nil {
+			return true, nil
+		}
+		if !h.runs(ctx, pid) && ctx.Err() == nil {
+			return false, fmt.Errorf("%s: %w", h.Name, ErrAgentEnded)
+		}
+		return false, nil
+	}, "%s of the agent on %s", c.Agent.AdminSocket, h.Name)
+	if err != nil {
+		return h.withLog(err, agentLog)
+	}
+	return nil
 }
 
 // StopAgent asks the agent to end, as systemd would, and waits for it.

@@ -50,6 +50,8 @@ var (
 	ErrUnknownHost = errors.New("no such host in the lab")
 	// ErrHostDown is returned for work on a host that has crashed.
 	ErrHostDown = errors.New("host is down")
+	// ErrAgentEnded is returned when an agent ends while it should start.
+	ErrAgentEnded = errors.New("the agent ended while it started")
 	// ErrInvalidOptions is returned by Up for options that make no lab.
 	ErrInvalidOptions = errors.New("invalid lab options")
 )
@@ -189,8 +191,7 @@ func checkMachine() error {
 	return nil
 }
 
-// Up makes a lab and returns once each host's libvirtd answers and each agent
-// has been started. It removes what a dead lab left behind. On any error,
+// Up makes a lab and returns once each host's libvirtd and agent answer. It removes what a dead lab left behind. On any error,
 // including the end of ctx, nothing of the new lab stays.
 func Up(ctx context.Context, o Options) (*Lab, error) {
 	if err := o.validate(); err != nil {

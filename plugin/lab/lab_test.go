@@ -287,6 +287,56 @@ func silent(t *testing.T, conn net.Conn) bool {
 	return errors.Is(err, os.ErrDeadlineExceeded)
 }
 
+// standInAgent behaves as the lab expects of ftvirt, and no more.
+const standInAgent = `#!/bin/sh
+[ "$*" = "agent --config /etc/ftvirt/ftvirt.toml" ] || exit 2
+echo "agent of $(hostname)"
+[ ! -e /etc/ftvirt/broken ] || exit 1
+mkdir -p /run/ftvirt
+: >/run/ftvirt/agent.sock
+exec sleep 1000
+`
+
+// TestAgent drives an agent through its life.
+func TestAgent(t *testing.T) {
+	bin := t.TempDir()
+	for _, name := range []string{"ftvirt", "ftvirt-hook"} {
+		if err := os.WriteFile(filepath.Join(bin, name), []byte(standInAgent), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l := labtest.Up(t, lab.Options{Bin: bin, Configure: func(c *config.Config) { c.Heartbeat.Timeout = 7 * time.Second }})
+	h := host(t, l, "hostb")
+	log, err := h.AgentLog()
+	if err != nil || log != "agent of hostb\n" {
+		t.Errorf("after Up the agent's log is %q, %v", log, err)
+	}
+	if c, err := config.Load(h.Path(config.DefaultPath)); err != nil || c.Heartbeat.Timeout != 7*time.Second {
+		t.Errorf("configured timeout is %s, %v", c.Heartbeat.Timeout, err)
+	}
+	if _, err := h.Exec(within(t), "test", "-x", "/etc/libvirt/hooks/qemu.d/ftvirt"); err != nil {
+		t.Errorf("the hook is not installed: %v", err)
+	}
+	if err := h.StartAgent(within(t)); err == nil {
+		t.Error("a second agent was started")
+	}
+	if err := h.KillAgent(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.StartAgent(within(t)); err != nil {
+		t.Errorf("after the kill: %v", err)
+	}
+	if err := h.StopAgent(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(h.Path("/etc/ftvirt/broken"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.StartAgent(within(t)); !errors.Is(err, lab.ErrAgentEnded) || !strings.Contains(err.Error(), "agent of hostb") {
+		t.Errorf("an agent that fails: %v, want %v with its log", err, lab.ErrAgentEnded)
+	}
+}
+
 // TestDown checks that a lab leaves nothing, whoever takes it down.
 func TestDown(t *testing.T) {
 	const name = "downtest"
