@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package client_test
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/http"
+	"path/filepath"
+	"reflect"
+	"testing"
+	"time"
+
+	"ftvirt.org/ftvirt/plugin/agent"
+	"ftvirt.org/ftvirt/plugin/agent/client"
+)
+
+// serve answers at a unix socket and returns a client of it.
+func serve(t *testing.T, handler http.Handler) *client.Client {
+	t.Helper()
+	socket := filepath.Join(t.TempDir(), "agent.sock")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: handler, ReadHeaderTimeout: time.Second}
+	go func() { _ = server.Serve(l) }()
+	t.Cleanup(func() { _ = server.Close() })
+	return client.New(socket)
+}
+
+func answer(code int, text string) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(code)
+		_, _ = w.Write([]byte(text))
+	})
+}
+
+// TestSameFields makes sure that nothing of what the agent tells is lost.
+func TestSameFields(t *testing.T) {
+	for _, pair := range [][2]any{{agent.Status{}, client.Status{}}, {agent.Entry{}, client.Event{}}} {
+		theirs, ours := tags(pair[0]), tags(pair[1])
+		if !reflect.DeepEqual(theirs, ours) {
+			t.Errorf("%T has %v\n%T has %v", pair[0], theirs, pair[1], ours)
+		}
+	}
+}
+
+func tags(v any) []string {
+	var list []string
+	for i := range reflect.TypeOf(v).NumField() {
+		list = append(list, reflect.TypeOf(v).Field(i).Tag.Get("json"))
+	}
+	return list
+}
+
+func TestStatus(t *testing.T) {
+	c := serve(t, answer(http.StatusOK, `{"domain":"g","state":"protected","reason":"none","role":"primary","epoch":3,
+		"uuid":"11111111-2222-3333-4444-555555555555","lag_ms":4.5}`))
+	s, err := c.StatusOf(t.Context(), "g")
+	if err != nil || s.State != "protected" || s.Epoch != 3 || s.Lag != 4.5 {
+		t.Errorf("%+v, %v", s, err)
+	}
+}
+
+func TestErrors(t *testing.T) {
+	c := serve(t, answer(http.StatusConflict, `{"error":"cannot","problems":[{"code":"kvm","reason":"r","remedy":"m"}]}`))
+	err := c.Enable(t.Context(), "g", "hostb")
+	var refusal *client.Error
+	if !errors.As(err, &refusal) || refusal.Message != "cannot" || len(refusal.Problems) != 1 || errors.Is(err, client.ErrNoDomain) {
+		t.Errorf("got %v", err)
+	}
+	c = serve(t, answer(http.StatusNotFound, `{"error":"no domain x"}`))
+	if _, err := c.StatusOf(t.Context(), "x"); !errors.Is(err, client.ErrNoDomain) {
+		t.Errorf("got %v, want ErrNoDomain", err)
+	}
+	c = serve(t, answer(http.StatusNotFound, "404 page not found\n"))
+	if err := c.Disable(t.Context(), "x"); err == nil || errors.Is(err, client.ErrNoDomain) {
+		t.Errorf("got %v", err)
+	}
+	c = client.New(filepath.Join(t.TempDir(), "none"))
+	if _, err := c.Status(t.Context()); !errors.Is(err, client.ErrNoAgent) {
+		t.Errorf("got %v, want ErrNoAgent", err)
+	}
+}
+
+func TestEventsFollow(t *testing.T) {
+	c := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = w.Write([]byte(`{"state":"cloning"}` + "\n" + `{"state":"protected"}` + "\n"))
+		_ = http.NewResponseController(w).Flush()
+		if r.URL.Query().Get("follow") != "" {
+			<-r.Context().Done()
+		}
+	}))
+	var states []string
+	collect := func(e client.Event) error { states = append(states, e.State); return nil }
+	if err := c.Events(t.Context(), false, collect); err != nil || len(states) != 2 || states[1] != "protected" {
+		t.Errorf("%v, %v", states, err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	err := c.Events(ctx, true, func(e client.Event) error {
+		if e.State == "protected" {
+			cancel()
+		}
+		return nil
+	})
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
+	}
+}
