@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -137,16 +138,22 @@ func (v *vm) wait(ctx context.Context, what string, cond func(reports) bool) err
 
 // Recording waits until the VM records in epoch and runs.
 func (v *vm) Recording(ctx context.Context, epoch plugin.Epoch) (time.Duration, error) {
-	var pause time.Duration
+	var got control.State
 	err := v.wait(ctx, "waiting for the primary to record", func(r reports) bool {
-		pause = time.Duration(r.PauseNS)
-		return r.Mode == control.ModeRecord && r.Epoch == epoch && r.Running && r.Text == textCloned
+		got = r.State
+		return strings.HasPrefix(r.Text, textNotCloned) || r.Mode == control.ModeRecord && r.Epoch == epoch && r.Text == textCloned
 	})
-	return pause, err
+	if err == nil && got.Text != textCloned {
+		err = errors.New(got.Text)
+	}
+	return time.Duration(got.PauseNS), err
 }
 
-// textCloned is what the plugin says when a clone is complete (mode.c).
-const textCloned = "cloned"
+// What the plugin says of a clone, see mode.c.
+const (
+	textCloned    = "cloned"
+	textNotCloned = "not cloned: "
+)
 
 // Replaying waits until the VM has its state and replays.
 func (v *vm) Replaying(ctx context.Context) error {

@@ -147,6 +147,22 @@ static void cont(void)
     }
 }
 
+/* Tells the agent whether the VM records, and for how long it stood still. */
+static void report_clone(const char *why)
+{
+    char text[160] = "cloned";
+
+    if (why) {
+        snprintf(text, sizeof(text), "not cloned: %s", why);
+        ft_report("%s", text);
+    }
+    pthread_mutex_lock(&ft.lock);
+    ft.pause_ns = ft_now_ns() - ft.stopped_ns;
+    ft.arm = false;
+    ft_send_state(text);
+    pthread_mutex_unlock(&ft.lock);
+}
+
 /* The migration that clones this VM has ended, in the main loop. */
 static int migration_ended(struct q_notifier *n, void *data, void **errp)
 {
@@ -166,15 +182,8 @@ static int migration_ended(struct q_notifier *n, void *data, void **errp)
         return 0;
     }
     why = enter_record();
-    if (why) {
-        ft_report("not recording: %s", why);
-    }
     cont();
-    pthread_mutex_lock(&ft.lock);
-    ft.pause_ns = ft_now_ns() - ft.stopped_ns;
-    ft.arm = false;
-    ft_send_state(why ? why : "cloned");
-    pthread_mutex_unlock(&ft.lock);
+    report_clone(why);
     return 0;
 }
 
