@@ -34,9 +34,12 @@ type backup struct {
 	vm      *vm
 	beats   beats
 	promote bool
-	lagged  time.Time // when the lag was last reported
 	rate    meter
 	fed     chan struct{} // closed and renewed when the plugin consumed
+
+	reached   plugin.Position // the newest position known to be consumed
+	lag, peak time.Duration   // of the last period, and of this one so far
+	lagged    time.Time       // when the lag was last reported
 }
 
 // serve takes a connection about this domain from the host of its primary.
@@ -308,23 +311,31 @@ func (b *backup) consumed(r reports) {
 	if err := b.store.Release(r.consumed.Pos); err != nil {
 		b.d.a.log.Debug("store", "error", err)
 	}
+	now := time.Now()
 	b.mu.Lock()
 	close(b.fed)
 	b.fed = make(chan struct{})
-	now := time.Now()
+	if r.consumed.Pos > b.reached {
+		b.reached = r.consumed.Pos
+		if at, ok := b.store.ReceivedAt(b.reached); ok {
+			b.peak = max(b.peak, now.Sub(at))
+		}
+	}
+	b.peak = max(b.peak, b.store.Lag(b.reached))
 	due := now.Sub(b.lagged) >= lagPeriod
 	if due {
-		b.lagged = now
+		b.lagged, b.lag, b.peak = now, b.peak, 0
 	}
-	conn := b.conn
+	conn, lag := b.conn, b.lag
 	b.mu.Unlock()
 	if due && conn != nil {
-		c := entry{Kind: kindLag, Epoch: b.epoch, LagMicros: b.store.Lag(r.consumed.Pos).Microseconds(), Consumed: r.consumed.Pos}
+		c := entry{Kind: kindLag, Epoch: b.epoch, LagMicros: lag.Microseconds(), Consumed: r.consumed.Pos}
 		b.d.a.wg.Go(func() { send(b.ctx, conn, c) })
 	}
 }
 
-// lagPeriod is between reports of the execution lag to the primary.
+// lagPeriod is between reports of the execution lag to the primary; each tells
+// the largest of its period.
 const lagPeriod = 100 * time.Millisecond
 
 // feed gives the plugin the log, at most its window ahead, and promotes it at
