@@ -38,13 +38,7 @@ func (a *Agent) Prepare(ctx context.Context, name, peer string) error {
 	if len(problems) > 0 {
 		return &hooks.NotReadyError{Domain: info.Name, Problems: problems}
 	}
-	return a.redefine(ctx, info, func(dom *libvirtxml.Domain) (*libvirtxml.Domain, error) {
-		out, err := hooks.Transform(dom, a.transformOptions())
-		if err != nil {
-			return nil, err
-		}
-		return out, hooks.WriteAnnotation(out, hooks.Annotation{Mode: hooks.ModeProtected, Peer: peer})
-	})
+	return a.redefine(ctx, info, func(text string) (string, error) { return readyXML(text, peer, a.transformOptions()) })
 }
 
 // Restore gives a domain that is not running the definition back that it had
@@ -57,7 +51,34 @@ func (a *Agent) Restore(ctx context.Context, name string) error {
 	if info.Active {
 		return fmt.Errorf("%w: use 'ftvirt disable %s'", ErrRunning, info.Name)
 	}
-	return a.redefine(ctx, info, func(dom *libvirtxml.Domain) (*libvirtxml.Domain, error) {
+	return a.redefine(ctx, info, plainXML)
+}
+
+func (a *Agent) redefine(ctx context.Context, info virt.Info, change func(string) (string, error)) error {
+	text, err := a.virt.XML(ctx, info.UUID, true)
+	if err != nil {
+		return err
+	}
+	if text, err = change(text); err != nil {
+		return fmt.Errorf("definition of %s: %w", info.Name, err)
+	}
+	_, err = a.virt.Define(ctx, text)
+	return err
+}
+
+// readyXML transforms a definition and notes the operator's wish in it.
+func readyXML(text, peer string, o hooks.Options) (string, error) {
+	return edit(text, func(dom *libvirtxml.Domain) (*libvirtxml.Domain, error) {
+		if err := hooks.WriteAnnotation(dom, hooks.Annotation{Mode: hooks.ModeProtected, Peer: peer}); err != nil {
+			return nil, err
+		}
+		return hooks.Transform(dom, o)
+	})
+}
+
+// plainXML takes out of a definition all that readyXML put in.
+func plainXML(text string) (string, error) {
+	return edit(text, func(dom *libvirtxml.Domain) (*libvirtxml.Domain, error) {
 		out, err := hooks.Plain(dom)
 		if err != nil {
 			return nil, err
@@ -66,23 +87,15 @@ func (a *Agent) Restore(ctx context.Context, name string) error {
 	})
 }
 
-func (a *Agent) redefine(ctx context.Context, info virt.Info, change func(*libvirtxml.Domain) (*libvirtxml.Domain, error)) error {
-	text, err := a.virt.XML(ctx, info.UUID, true)
-	if err != nil {
-		return err
-	}
+func edit(text string, change func(*libvirtxml.Domain) (*libvirtxml.Domain, error)) (string, error) {
 	dom, err := hooks.Parse([]byte(text))
 	if err != nil {
-		return err
+		return "", err
 	}
 	if dom, err = change(dom); err != nil {
-		return err
+		return "", err
 	}
-	if text, err = dom.Marshal(); err != nil {
-		return fmt.Errorf("definition of %s: %w", info.Name, err)
-	}
-	_, err = a.virt.Define(ctx, text)
-	return err
+	return dom.Marshal()
 }
 
 func (a *Agent) transformOptions() hooks.Options {

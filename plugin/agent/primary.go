@@ -5,7 +5,10 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
+	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -39,6 +42,7 @@ type primary struct {
 	conn   *channel.Conn   // nil while the session is broken
 	expect plugin.Position // of the next byte to send
 	dec    *rrlog.Decoder  // of the log as it was sent, to see a deliberate end
+	kept   *os.File        // copy of the log, if one is kept
 	acked  plugin.Position
 	lag    time.Duration
 	rate   meter
@@ -80,6 +84,10 @@ func (p *primary) stop() {
 	p.mu.Lock()
 	conn, v := p.conn, p.vm
 	p.conn = nil
+	if p.kept != nil {
+		_ = p.kept.Close()
+		p.kept = nil
+	}
 	p.mu.Unlock()
 	if v != nil {
 		v.ship(nil)
@@ -100,6 +108,7 @@ func (p *primary) clone(v *vm) error {
 		return err
 	}
 	p.dec = rrlog.NewDecoder(layout)
+	p.keepLog()
 	conn, err := p.d.a.dial(ctx, p.peer, p.d.id, p.epoch, nil)
 	if err != nil {
 		return err
@@ -216,14 +225,44 @@ func (p *primary) ship(pos plugin.Position, b []byte) error {
 	p.expect += plugin.Position(len(b))
 	p.rate.add(len(b), time.Now())
 	if known := p.dec.Position(); p.expect > known && p.dec.Err() == nil {
-		if err := p.dec.Feed(b[len(b)-int(p.expect-known):]); err != nil {
+		fresh := b[len(b)-int(p.expect-known):]
+		if err := p.dec.Feed(fresh); err != nil {
 			p.d.a.log.Error("the log is not understood", "domain", p.d.label(), "error", err)
 		}
+		p.keep(fresh)
 	}
 	p.mu.Unlock()
 	// Its error is the connection's, which receive reports.
 	_ = conn.SendLog(p.ctx, pos, b)
 	return nil
+}
+
+// keepLog opens the copy of the log, if one is wanted. Without it the domain is
+// protected all the same.
+func (p *primary) keepLog() {
+	dir := p.d.a.cfg.Replay.LogDir
+	if dir == "" {
+		return
+	}
+	err := os.MkdirAll(dir, 0o700)
+	if err == nil {
+		name := fmt.Sprintf("%s-%d.rrlog", p.d.id, p.epoch)
+		p.kept, err = os.OpenFile(filepath.Join(dir, name), os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	}
+	if err != nil {
+		p.d.a.log.Warn("the log is not kept", "domain", p.d.label(), "error", err)
+	}
+}
+
+func (p *primary) keep(b []byte) {
+	if p.kept == nil {
+		return
+	}
+	if _, err := p.kept.Write(b); err != nil {
+		p.d.a.log.Warn("the log is kept no more", "domain", p.d.label(), "error", err)
+		_ = p.kept.Close()
+		p.kept = nil
+	}
 }
 
 // ended tells whether the log holds the entry of a deliberate end.

@@ -124,6 +124,9 @@ type Replay struct {
 	DivergenceTimeout time.Duration `toml:"divergence_timeout"`
 	// TickInterval is the longest time that a primary logs nothing.
 	TickInterval time.Duration `toml:"tick_interval"`
+	// LogDir is where a primary's host keeps the event logs of its epochs, for
+	// diagnosis; empty keeps none.
+	LogDir string `toml:"log_dir"`
 }
 
 // Peer says where another host's agent listens.

@@ -114,6 +114,10 @@ func (c Config) Validate() error {
 		fmt.Sprintf("%s is not more than three times replay.tick_interval (%s)", c.Replay.DivergenceTimeout, c.Replay.TickInterval),
 		"an idle primary would look like a diverged backup: raise it, or lower the interval")
 
+	if c.Replay.LogDir != "" {
+		v.path("replay.log_dir", c.Replay.LogDir)
+	}
+
 	for _, name := range slices.Sorted(maps.Keys(c.Peers)) {
 		key := "peers." + tomlKey(name)
 		v.check(hostName.MatchString(name), key, "it is not a host name",
