@@ -4,7 +4,6 @@
 package cli
 
 import (
-	"errors"
 	"fmt"
 	"strings"
 
@@ -51,6 +50,8 @@ func App() *cli.App {
 func finish(commands []*cli.Command) {
 	for _, c := range commands {
 		c.OnUsageError = onUsageError
+		// A domain may be called "help".
+		c.HideHelpCommand = len(c.Subcommands) == 0
 		if len(c.Subcommands) > 0 && c.Action == nil {
 			c.Action = unknownCommand
 		}
@@ -119,9 +120,6 @@ func socketFlag() cli.Flag {
 	return &cli.StringFlag{Name: "socket", Usage: "the agent's admin `SOCKET`; the default is from the configuration"}
 }
 
-// errConfig marks a configuration that cannot be used.
-var errConfig = errors.New("configuration")
-
 // load reads the configuration; a command that can do without one takes the
 // defaults if none is installed.
 func load(c *cli.Context, optional bool) (config.Config, error) {
@@ -132,5 +130,5 @@ func load(c *cli.Context, optional bool) (config.Config, error) {
 	if optional && !c.IsSet("config") && isNotExist(err) {
 		return config.Default(), nil
 	}
-	return config.Config{}, fmt.Errorf("%w: %w", errConfig, err)
+	return config.Config{}, fmt.Errorf("configuration: %w", err)
 }

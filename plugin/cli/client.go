@@ -72,9 +72,9 @@ func (e *refusal) Error() string {
 		return e.text
 	}
 	// The text repeats the problems in one long line.
-	head, _, _ := strings.Cut(e.text, ":")
+	head, _, _ := strings.Cut(e.text, e.problems[0].String())
 	var b strings.Builder
-	b.WriteString(head + ":")
+	b.WriteString(strings.TrimSpace(head))
 	for _, p := range e.problems {
 		b.WriteString("\n" + p.String())
 	}

@@ -80,7 +80,10 @@ func enable(c *cli.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, c.Duration("timeout"))
 	defer cancel()
 	bar := newProgress(c.App.ErrWriter)
-	s, err := waitProtected(ctx, agt, before, bar.show)
+	s, err := waitProtected(ctx, before, bar.show, func(ctx context.Context) (s status, err error) {
+		err = agt.get(ctx, domainPath("/v1/status/", request.Domain), &s)
+		return s, err
+	})
 	bar.done()
 	switch {
 	case err == nil:
@@ -110,13 +113,12 @@ func prepare(ctx context.Context, c *cli.Context, agt *client, name string, requ
 
 // waitProtected polls until the pair is complete, and fails with the reason
 // once it is clear that it will not be. It returns the last status seen.
-func waitProtected(ctx context.Context, agt *client, before status, show func(status)) (status, error) {
+func waitProtected(ctx context.Context, before status, show func(status), ask func(context.Context) (status, error)) (status, error) {
 	ticker := time.NewTicker(pollInterval)
 	defer ticker.Stop()
 	last, begun := before, false
 	for {
-		var s status
-		err := agt.get(ctx, domainPath("/v1/status/", before.UUID.String()), &s)
+		s, err := ask(ctx)
 		if ctx.Err() != nil {
 			return last, ctx.Err()
 		}

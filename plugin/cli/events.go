@@ -10,12 +10,14 @@ import (
 	"net/http"
 	"os/signal"
 	"syscall"
-	"time"
 
 	"github.com/urfave/cli/v2"
 
 	"ftvirt.org/ftvirt/plugin/agent"
 )
+
+// eventTime is RFC 3339 with milliseconds: failovers are measured in them.
+const eventTime = "2006-01-02T15:04:05.000Z07:00"
 
 func eventsCommand() *cli.Command {
 	return &cli.Command{
@@ -49,6 +51,9 @@ func events(c *cli.Context) error {
 		path += "?follow=1"
 	}
 	body, err := agt.open(ctx, http.MethodGet, path, nil)
+	if ctx.Err() != nil {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
@@ -75,7 +80,7 @@ func writeEvent(w io.Writer, format string, e agent.Entry) error {
 	if format == formatJSON {
 		return json.NewEncoder(w).Encode(e)
 	}
-	_, err := fmt.Fprintf(w, "%s  %s  %s  epoch %d  %s\n", e.Time.Format(time.StampMilli), printable(e.Host), printable(e.Domain),
+	_, err := fmt.Fprintf(w, "%s  %s  %s  epoch %d  %s\n", e.Time.Format(eventTime), printable(e.Host), printable(e.Domain),
 		e.Epoch, printable(withReason(e.State, e.Reason)))
 	return err
 }

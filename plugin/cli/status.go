@@ -50,14 +50,19 @@ func withReason(state, reason string) string {
 	return state + " (" + reason + ")"
 }
 
-// hosts tells which host plays which role; "-" for none.
+// hosts tells which host plays which role now; "-" for none.
 func (s status) hosts() (primary, backup string) {
-	primary, backup = dash(s.Host), dash(s.Peer)
-	switch s.Role {
-	case plugin.RoleBackup:
-		return backup, primary
-	case plugin.RolePrimary:
-		return primary, backup
+	switch s.State {
+	case "cloning", "protected", "going-live":
+		if s.Role == plugin.RoleBackup {
+			return dash(s.Peer), s.Host
+		}
+		return s.Host, dash(s.Peer)
+	case "failed":
+		return "-", "-" // the peer's own status tells whether it went on
+	}
+	if s.Role == plugin.RolePrimary {
+		return s.Host, "-"
 	}
 	return "-", "-"
 }
