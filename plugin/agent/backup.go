@@ -26,6 +26,7 @@ type backup struct {
 	peer     string
 	ctx      context.Context
 	cancel   context.CancelFunc
+	stopping sync.Once
 	receiver *migrate.Receiver
 	store    *channel.Store
 
@@ -220,7 +221,9 @@ func (b *backup) tunnel(ctx context.Context, in *channel.Incoming) {
 }
 
 // stop ends the data path; QEMU is left as it is.
-func (b *backup) stop() {
+func (b *backup) stop() { b.stopping.Do(b.halt) }
+
+func (b *backup) halt() {
 	b.cancel()
 	b.mu.Lock()
 	conn, v := b.conn, b.vm

@@ -30,12 +30,16 @@ type cloneProgress struct {
 // primary is the data path of one epoch on the primary's host: the log from
 // the plugin to the peer, acks and control entries back.
 type primary struct {
-	d      *domain
-	epoch  plugin.Epoch
-	peer   string
-	ctx    context.Context
-	cancel context.CancelFunc
-	beats  beats
+	d        *domain
+	epoch    plugin.Epoch
+	peer     string
+	ctx      context.Context
+	cancel   context.CancelFunc
+	stopping sync.Once
+	// abort ends the clone, but not the session, over which the peer is told.
+	cloning context.Context
+	abort   context.CancelFunc
+	beats   beats
 
 	mu     sync.Mutex
 	vm     *vm
@@ -52,6 +56,7 @@ type primary struct {
 func (d *domain) startClone(ctx context.Context, epoch plugin.Epoch, peer string) {
 	ctx, cancel := context.WithCancel(ctx)
 	p := &primary{d: d, epoch: epoch, peer: peer, ctx: ctx, cancel: cancel}
+	p.cloning, p.abort = context.WithCancel(ctx)
 	d.mu.Lock()
 	if d.primary != nil {
 		d.primary.stop()
@@ -79,7 +84,10 @@ func (d *domain) startClone(ctx context.Context, epoch plugin.Epoch, peer string
 }
 
 // stop ends the data path. What the plugin still logs goes nowhere.
-func (p *primary) stop() {
+// It is done once: a later epoch may have the plugin by then.
+func (p *primary) stop() { p.stopping.Do(p.halt) }
+
+func (p *primary) halt() {
 	p.cancel()
 	p.mu.Lock()
 	conn, v := p.conn, p.vm
@@ -101,7 +109,7 @@ func (p *primary) stop() {
 
 func (p *primary) clone(v *vm) error {
 	cfg := p.d.a.cfg
-	ctx, cancel := context.WithTimeout(p.ctx, cfg.Clone.Timeout)
+	ctx, cancel := context.WithTimeout(p.cloning, cfg.Clone.Timeout)
 	defer cancel()
 	layout, err := rrlog.LayoutFor(v.Hello().QEMU.Major, v.Hello().QEMU.Minor)
 	if err != nil {
@@ -134,7 +142,7 @@ func (p *primary) clone(v *vm) error {
 	_, err = source.Clone(ctx, migrate.Options{
 		Domain: p.d.id, Epoch: p.epoch, Dir: p.d.a.cloneDir(p.d.id), QEMUUser: v.User(),
 		Downtime: cfg.Clone.DowntimeLimit, Bandwidth: int64(cfg.Clone.Bandwidth),
-		Progress: p.cloning,
+		Progress: p.goesOn,
 		Switched: func(pause time.Duration) {
 			p.progress(func(c *cloneProgress) { c.Pause = pause })
 			p.d.a.log.Info("cloned", "domain", p.d.label(), "epoch", p.epoch, "peer", p.peer, "pause", pause)
@@ -143,8 +151,8 @@ func (p *primary) clone(v *vm) error {
 	return err
 }
 
-// cloning shows how far the clone is, and tells both machines that it goes on.
-func (p *primary) cloning(m migrate.Progress) {
+// goesOn shows how far the clone is, and tells both machines that it goes on.
+func (p *primary) goesOn(m migrate.Progress) {
 	var due bool
 	p.progress(func(c *cloneProgress) {
 		c.Progress = m

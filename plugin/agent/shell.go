@@ -34,7 +34,7 @@ func (d *domain) execute(ctx context.Context, act pair.Action) {
 		d.startClone(ctx, act.Epoch, act.Peer)
 	case pair.ActionAbortClone:
 		if p != nil {
-			p.cancel()
+			p.abort()
 		}
 	case pair.ActionAcquireArbiter:
 		d.acquire(ctx, act.Epoch)
