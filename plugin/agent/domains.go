@@ -23,7 +23,8 @@ type DomainInfo struct {
 	Role    plugin.Role `json:"role"`
 	State   string      `json:"state"`
 	Reason  string      `json:"reason"`
-	Peer    string      `json:"peer,omitempty"`
+	// Peer is the host of the other copy, while there is one.
+	Peer string `json:"peer,omitempty"`
 	// Wanted is the peer that the domain's annotation asks for.
 	Wanted string `json:"wanted,omitempty"`
 }
@@ -72,7 +73,11 @@ func (a *Agent) describe(ctx context.Context, i virt.Info, known map[plugin.UUID
 		Role: plugin.RoleNone, State: pair.Unprotected.String(), Reason: pair.NotEnabled.String(),
 	}
 	if s, ok := known[i.UUID]; ok {
-		d.Role, d.State, d.Reason, d.Peer = s.Role, s.State.String(), s.Reason.String(), s.Peer
+		d.Role, d.State, d.Reason = s.Role, s.State.String(), s.Reason.String()
+		switch s.State {
+		case pair.Cloning, pair.Protected, pair.GoingLive:
+			d.Peer = s.Peer // it stays known when the pair is over
+		}
 	}
 	text, err := a.virt.XML(ctx, i.UUID, !i.Active)
 	if err != nil {

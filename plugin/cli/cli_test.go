@@ -206,6 +206,7 @@ func TestCheck(t *testing.T) {
 	t.Parallel()
 	f := serve(t, map[string]any{
 		"GET /v1/check/web": "null\n",
+		"GET /v1/check/new": []hooks.Problem{{Code: "missing-peer", Reason: "no host is named", Remedy: "name one"}},
 		"GET /v1/check/two?peer=host+b": []hooks.Problem{
 			{Code: "vcpus", Reason: "it has 2 vCPUs", Remedy: "set <vcpu>1</vcpu>"},
 			{Code: "disk-bus", Path: "disk sda", Reason: "bus sata", Remedy: "use virtio"},
@@ -214,6 +215,9 @@ func TestCheck(t *testing.T) {
 	r := run(t, "", "check", "web", "--socket", f.socket)
 	if r.code != exitOK || r.out != "domain web can be protected\n" || r.errors != "" {
 		t.Errorf("ready: %+v", r)
+	}
+	if r := run(t, "", "check", "new", "--socket", f.socket); r.code != exitOK || r.out != "domain new can be protected\n" {
+		t.Errorf("without a peer: %+v", r)
 	}
 	if r := run(t, "", "check", "web", "-o", "json", "--socket", f.socket); r.code != exitOK || r.out != "[]\n" {
 		t.Errorf("ready, json: %+v", r)
