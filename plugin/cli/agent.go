@@ -55,7 +55,7 @@ func notifyReady(socket string) error {
 	if err != nil {
 		return fmt.Errorf("NOTIFY_SOCKET: %w", err)
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	_, err = conn.Write([]byte("READY=1"))
 	return err
 }

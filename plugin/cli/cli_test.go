@@ -266,7 +266,7 @@ func TestFollowEndsWithItsContext(t *testing.T) {
 		<-r.Context().Done()
 	})}
 	go func() { _ = server.Serve(l) }()
-	defer server.Close()
+	defer func() { _ = server.Close() }()
 	var out, errs bytes.Buffer
 	app := App()
 	app.Writer, app.ErrWriter = &out, &errs

@@ -122,7 +122,7 @@ func (c *client) call(ctx context.Context, method, path string, body []byte, out
 	if err != nil {
 		return err
 	}
-	defer reply.Close()
+	defer func() { _ = reply.Close() }()
 	if out == nil {
 		return nil
 	}
@@ -148,7 +148,7 @@ func (c *client) open(ctx context.Context, method, path string, body []byte) (io
 	if resp.StatusCode == http.StatusOK {
 		return resp.Body, nil
 	}
-	defer resp.Body.Close()
+	defer func() { _ = resp.Body.Close() }()
 	var e agent.ErrorReply
 	if err := json.NewDecoder(io.LimitReader(resp.Body, maxReply)).Decode(&e); err != nil || e.Error == "" {
 		return nil, &agentError{c.socket, fmt.Errorf("it answered %s %q", path, resp.Status)}

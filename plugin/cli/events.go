@@ -57,7 +57,7 @@ func events(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	defer body.Close()
+	defer func() { _ = body.Close() }()
 	dec := json.NewDecoder(body)
 	for {
 		var e agent.Entry

@@ -188,7 +188,7 @@ func TestNotifyReady(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
+	defer func() { _ = l.Close() }()
 	if err := notifyReady(path); err != nil {
 		t.Fatal(err)
 	}

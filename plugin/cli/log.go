@@ -52,7 +52,7 @@ func dumpLog(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	defer in.Close()
+	defer func() { _ = in.Close() }()
 	err = rrlog.WriteDump(c.App.Writer, in, layout, rrlog.DumpOptions{
 		JSON: format == formatJSON, From: plugin.Position(c.Uint64("from")), To: plugin.Position(c.Uint64("to")), Limit: c.Uint64("limit"),
 	})
@@ -68,7 +68,7 @@ func statLog(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	defer in.Close()
+	defer func() { _ = in.Close() }()
 	stat, readErr := rrlog.StatReader(in, layout)
 	if readErr != nil && stat.Events == 0 {
 		return logError(c, readErr)

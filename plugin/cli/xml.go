@@ -86,7 +86,7 @@ func readXML(c *cli.Context, name string) (text string, found bool, err error) {
 		if err != nil {
 			return "", true, err
 		}
-		defer f.Close()
+		defer func() { _ = f.Close() }()
 		in = f
 	}
 	data, err := io.ReadAll(io.LimitReader(in, maxXML+1))
