@@ -140,6 +140,12 @@ type enableRequest struct {
 	Peer   string `json:"peer,omitempty"`
 }
 
+// Prepare makes the definition of a domain that is not running ready for a
+// backup on peer.
+func (c *Client) Prepare(ctx context.Context, domain, peer string) error {
+	return c.call(ctx, http.MethodPost, "/v1/prepare", enableRequest{domain, peer}, nil)
+}
+
 // Enable protects a running domain with a backup on peer. It returns when the
 // clone has begun; Status tells how it goes on.
 func (c *Client) Enable(ctx context.Context, domain, peer string) error {
