@@ -26,6 +26,9 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files")
 
+// one run at a time: urfave/cli has one help flag for all apps, and writes to it.
+var one sync.Mutex
+
 // result is what a run of the program left.
 type result struct {
 	code        int
@@ -37,6 +40,8 @@ func run(t *testing.T, stdin string, args ...string) result {
 	var out, errs bytes.Buffer
 	app := App()
 	app.Reader, app.Writer, app.ErrWriter = strings.NewReader(stdin), &out, &errs
+	one.Lock()
+	defer one.Unlock()
 	code := Run(t.Context(), app, append([]string{"ftvirt"}, args...))
 	return result{code, out.String(), errs.String()}
 }
@@ -270,6 +275,8 @@ func TestFollowEndsWithItsContext(t *testing.T) {
 	var out, errs bytes.Buffer
 	app := App()
 	app.Writer, app.ErrWriter = &out, &errs
+	one.Lock()
+	defer one.Unlock()
 	if code := Run(ctx, app, []string{"ftvirt", "events", "--follow", "--socket", socket}); code != exitOK || errs.Len() > 0 {
 		t.Errorf("exit %d, %s", code, errs.String())
 	}
