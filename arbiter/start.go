@@ -42,19 +42,27 @@ func MayStart(rec Record, host string, asBackup bool) Verdict {
 	switch {
 	case rec.Epoch == 0:
 		return Verdict{StartAllowed, "the domain is not protected"}
+	case rec.Closed && host == rec.Primary:
+		return Verdict{StartAllowed, fmt.Sprintf("epoch %d was closed; this host has its newest disks", rec.Epoch)}
 	case rec.Closed:
-		return Verdict{StartAllowed, fmt.Sprintf("the pair was powered off on purpose in epoch %d", rec.Epoch)}
+		return Verdict{StartRefused, fmt.Sprintf(
+			"epoch %d was closed, and host %s has its newest disks. Start the domain there, or give its copy up with 'ftvirt arbiter forget %s'",
+			rec.Epoch, rec.Primary, rec.Domain)}
 	case rec.Owner != "" && rec.Owner == host:
 		return Verdict{StartAllowed, fmt.Sprintf("this host owns the domain since epoch %d", rec.Epoch)}
 	case rec.Owner != "":
 		return Verdict{StartRefused, fmt.Sprintf(
-			"host %s owns the domain since epoch %d; the copy here is stale. Start it there, or run 'ftvirt disable' there first",
-			rec.Owner, rec.Epoch)}
+			"host %s owns the domain since epoch %d; the copy here is stale. Start it there, or give that copy up with 'ftvirt arbiter forget %s'",
+			rec.Owner, rec.Epoch, rec.Domain)}
 	case asBackup && host != "" && host == rec.Backup:
 		return Verdict{StartAllowed, fmt.Sprintf("this host is the backup of epoch %d", rec.Epoch)}
 	case !rec.Member(host):
 		return Verdict{StartRefused, fmt.Sprintf(
 			"epoch %d is undecided between hosts %s and %s; this host is neither", rec.Epoch, rec.Primary, rec.Backup)}
+	case host == rec.Backup:
+		return Verdict{StartRefused, fmt.Sprintf(
+			"this host was the backup of epoch %d, whose replica of the disks is gone. Start the domain on host %s, or give its copy up with 'ftvirt arbiter forget %s'",
+			rec.Epoch, rec.Primary, rec.Domain)}
 	default:
 		return Verdict{StartAfterAcquire, fmt.Sprintf(
 			"epoch %d is undecided between hosts %s and %s; it must be acquired first", rec.Epoch, rec.Primary, rec.Backup)}

@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"ftvirt.org/ftvirt/hooks"
@@ -285,7 +286,7 @@ func (c *clone) listen(name, purpose, target string) (string, error) {
 // from there on each write of the guest goes to both before it completes.
 func (c *clone) copyDisks(ctx context.Context) error {
 	for i, d := range c.disks {
-		name := "ftvirt-seed-" + strconv.Itoa(i)
+		name := seedPrefix + strconv.Itoa(i)
 		path, err := c.listen("nbd-"+strconv.Itoa(i)+".sock", "nbd", d.Target)
 		if err != nil {
 			return err
@@ -484,20 +485,7 @@ func (c *clone) revert(ctx context.Context) error {
 			errs = append(errs, err)
 		}
 	}
-	for _, name := range c.jobs {
-		if err := c.monitor(ctx, "block-job-cancel", map[string]any{"device": name, "force": true}, nil); err != nil {
-			errs = append(errs, err)
-		}
-	}
-	if len(c.jobs) > 0 {
-		err := c.poll(ctx, pollSlow, func(ctx context.Context) (bool, error) {
-			jobs, err := c.blockJobs(ctx)
-			return len(jobs) == 0, err
-		})
-		if err != nil {
-			errs = append(errs, err)
-		}
-	}
+	errs = append(errs, c.cancelJobs(ctx))
 	if c.prepared {
 		if err := c.Peer.Call(ctx, MethodDiscard, EpochRequest{c.o.Epoch}, nil); err != nil {
 			errs = append(errs, err)
@@ -506,18 +494,81 @@ func (c *clone) revert(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// CleanUp ends what an interrupted Source left in a domain's QEMU, so that it
+// runs, alone, and can be cloned again. It is for domains that nobody clones.
+func CleanUp(ctx context.Context, local Monitor, id plugin.UUID) error {
+	c := &clone{Source: &Source{Local: local}, o: Options{Domain: id}}
+	var m migration
+	if err := c.monitor(ctx, "query-migrate", nil, &m); err != nil {
+		return err
+	}
+	var errs []error
+	switch m.Status {
+	case "setup", "active", "pre-switchover", "device", "cancelling":
+		errs = append(errs, c.cancelMigration(ctx))
+	}
+	jobs, err := c.blockJobs(ctx)
+	if err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	for name := range jobs {
+		if strings.HasPrefix(name, seedPrefix) {
+			c.jobs = append(c.jobs, name)
+		}
+	}
+	errs = append(errs, c.cancelJobs(ctx))
+	var nodes []struct {
+		NodeName string `json:"node-name"`
+	}
+	if err := c.monitor(ctx, "query-named-block-nodes", map[string]any{"flat": true}, &nodes); err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	for _, n := range nodes {
+		if strings.HasPrefix(n.NodeName, seedPrefix) {
+			c.nodes = append(c.nodes, n.NodeName)
+		}
+	}
+	errs = append(errs, c.deleteNodes(ctx))
+	return errors.Join(errs...)
+}
+
+// seedPrefix begins the names of jobs and nodes that copy disks.
+const seedPrefix = "ftvirt-seed-"
+
+// cancelJobs ends the copies of disks, unfinished.
+func (c *clone) cancelJobs(ctx context.Context) error {
+	var errs []error
+	for _, name := range c.jobs {
+		errs = append(errs, c.monitor(ctx, "block-job-cancel", map[string]any{"device": name, "force": true}, nil))
+	}
+	if len(c.jobs) == 0 {
+		return nil
+	}
+	return errors.Join(append(errs, c.poll(ctx, pollSlow, func(ctx context.Context) (bool, error) {
+		jobs, err := c.blockJobs(ctx)
+		for _, name := range c.jobs {
+			if _, runs := jobs[name]; runs {
+				return false, err
+			}
+		}
+		return err == nil, err
+	}))...)
+}
+
 // stopMigration cancels; QEMU then resumes the guest by itself.
 func (c *clone) stopMigration(ctx context.Context) error {
-	err := c.Plugin.Disarm()
-	if e := c.monitor(ctx, "migrate_cancel", nil, nil); e != nil {
-		return errors.Join(err, e)
+	return errors.Join(c.Plugin.Disarm(), c.cancelMigration(ctx))
+}
+
+func (c *clone) cancelMigration(ctx context.Context) error {
+	if err := c.monitor(ctx, "migrate_cancel", nil, nil); err != nil {
+		return err
 	}
-	e := c.poll(ctx, pollSlow, func(ctx context.Context) (bool, error) {
+	return c.poll(ctx, pollSlow, func(ctx context.Context) (bool, error) {
 		var m migration
 		err := c.monitor(ctx, "query-migrate", nil, &m)
 		return m.Status == "cancelled" || m.Status == "failed" || m.Status == "completed" || m.Status == "", err
 	})
-	return errors.Join(err, e)
 }
 
 func (c *clone) cleanup(ctx context.Context) {

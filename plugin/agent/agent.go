@@ -25,6 +25,7 @@ import (
 	"ftvirt.org/ftvirt/plugin/config"
 	"ftvirt.org/ftvirt/plugin/control"
 	"ftvirt.org/ftvirt/plugin/detect"
+	"ftvirt.org/ftvirt/plugin/pair"
 	"ftvirt.org/ftvirt/plugin/virt"
 )
 
@@ -52,7 +53,7 @@ func New(cfg config.Config, log *slog.Logger) (*Agent, error) {
 		channel: channel.DefaultConfig(),
 	}
 	a.channel.Logger = log
-	a.channel.QueueBytes = int(cfg.Channel.SendBuffer)
+	a.channel.QueueBytes = max(int(cfg.Channel.SendBuffer), a.channel.QueueBytes)
 	dir, err := arbiter.NewDir(arbiter.DirConfig{Path: cfg.Arbiter.Path})
 	if err != nil {
 		return nil, fmt.Errorf("arbiter: %w", err)
@@ -98,8 +99,21 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 		_ = peers.Close()
 		return err
 	}
+	// What serves outlives the wish to stop, so that peers can be told of it.
+	outer := ctx
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
 	group, ctx := errgroup.WithContext(ctx)
 	a.ctx = ctx
+	group.Go(func() error {
+		select {
+		case <-outer.Done():
+			a.announceStop()
+			cancel()
+		case <-ctx.Done():
+		}
+		return nil
+	})
 	group.Go(func() error { return a.detect.Run(ctx) })
 	group.Go(func() error { return channel.Serve(ctx, peers, a.channel, a.servePeer) })
 	group.Go(func() error { return a.serveAdmin(ctx, admin) })
@@ -155,6 +169,35 @@ func (a *Agent) domain(id plugin.UUID) *domain {
 	}
 	return d
 }
+
+// announceStop tells the peers of all pairs that this agent stops: it may be
+// restarting, and its domains run on.
+func (a *Agent) announceStop() {
+	ctx, cancel := context.WithTimeout(a.ctx, stopTimeout)
+	defer cancel()
+	var wg sync.WaitGroup
+	for _, d := range a.known() {
+		s, _, p, b, _ := d.snapshot()
+		if !d.paired() {
+			continue
+		}
+		c := entry{Kind: pair.NotifyStopping.String(), Epoch: s.Epoch}
+		wg.Go(func() {
+			switch {
+			case p != nil:
+				p.notify(c)
+				p.flush(ctx)
+			case b != nil:
+				b.notify(c)
+				b.flush(ctx)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// stopTimeout bounds telling the peers that this agent stops.
+const stopTimeout = 500 * time.Millisecond
 
 // stopped notes how a domain ended, as libvirt tells it.
 func (a *Agent) stopped(s virt.Stopped) {

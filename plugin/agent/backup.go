@@ -52,6 +52,8 @@ func (d *domain) serve(ctx context.Context, in *channel.Incoming) {
 	switch {
 	case in.Hello.Purpose == channel.PurposeSession && mine:
 		b.resume(ctx, in)
+	case in.Hello.Purpose == channel.PurposeSession && in.Hello.Target == targetResume:
+		_ = in.Refuse(ctx, channel.RefuseEpoch, fmt.Sprintf("this host has no log of epoch %d", in.Hello.Epoch))
 	case in.Hello.Purpose == channel.PurposeSession:
 		d.beginBackup(ctx, in)
 	case mine:
@@ -492,4 +494,13 @@ func (b *backup) notify(c entry) {
 	conn := b.conn
 	b.mu.Unlock()
 	send(b.ctx, conn, c)
+}
+
+func (b *backup) flush(ctx context.Context) {
+	b.mu.Lock()
+	conn := b.conn
+	b.mu.Unlock()
+	if conn != nil {
+		_ = conn.Flush(ctx)
+	}
 }

@@ -27,7 +27,8 @@ func (b beats) progress() {
 
 // beat exchanges heartbeats with the peer of an epoch until ctx ends, and
 // posts EventPeerDead when both they and the log have been silent for too
-// long, EventPeerQEMUDied when the peer's say that its QEMU is dead.
+// long. That the peer's QEMU is dead is told over the session, behind the last
+// of its log.
 func (d *domain) beat(ctx context.Context, epoch plugin.Epoch, peer string, key []byte, alive func() bool) (beats, error) {
 	conf, err := d.a.cfg.Peer(peer)
 	if err != nil {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"ftvirt.org/ftvirt/arbiter"
+	"ftvirt.org/ftvirt/migrate"
 	"ftvirt.org/ftvirt/plugin"
 	"ftvirt.org/ftvirt/plugin/control"
 	"ftvirt.org/ftvirt/plugin/pair"
@@ -191,6 +192,19 @@ func (d *domain) attach(ctx context.Context, v *vm) {
 		d.a.wg.Go(func() { d.recover(ctx, v) })
 	default:
 		d.welcome(v, h.Epoch, 0)
+		if p == nil && h.Mode == control.ModeIdle {
+			d.a.wg.Go(func() { d.cleanUp(ctx, v) })
+		}
+	}
+}
+
+// cleanUp ends a clone that an earlier agent of this host had begun: the guest
+// may stand still in the middle of it.
+func (d *domain) cleanUp(ctx context.Context, v *vm) {
+	ctx, cancel := context.WithTimeout(ctx, removeTimeout)
+	defer cancel()
+	if err := errors.Join(v.Disarm(), migrate.CleanUp(ctx, d.a.virt, d.id)); err != nil {
+		d.a.log.Warn("cannot clean up after an interrupted clone", "domain", d.id, "error", err)
 	}
 }
 

@@ -95,7 +95,7 @@ func newKey() []byte {
 func (a *Agent) newDetector() (*detect.Service, error) {
 	cfg := detect.DefaultConfig()
 	cfg.Interval, cfg.Timeout = a.cfg.Heartbeat.Interval, a.cfg.Heartbeat.Timeout
-	cfg.Suspect = cfg.Timeout / 2
+	cfg.Suspect = max(2*cfg.Interval, cfg.Timeout/2)
 	return detect.Listen(a.cfg.Heartbeat.Listen, cfg)
 }
 
@@ -141,14 +141,22 @@ func (a *Agent) hostInfo(ctx context.Context) (hostInfo, error) {
 	return info, err
 }
 
-// dial opens a session with a peer's agent.
+// targetResume, as the target of a session, asks for one that broke.
+const targetResume = "resume"
+
+// dial opens a session with a peer's agent: a new one, or with resume, which is
+// set to where the peer wants the log, one that broke.
 func (a *Agent) dial(ctx context.Context, peer string, id plugin.UUID, epoch plugin.Epoch, resume *plugin.Position) (*channel.Conn, error) {
 	p, err := a.cfg.Peer(peer)
 	if err != nil {
 		return nil, err
 	}
+	target := ""
+	if resume != nil {
+		target = targetResume
+	}
 	nc, pos, err := channel.Dial(ctx, a.transport, p.Channel, channel.Hello{
-		Purpose: channel.PurposeSession, From: a.cfg.Host, To: peer, Domain: id, Epoch: epoch,
+		Purpose: channel.PurposeSession, From: a.cfg.Host, To: peer, Domain: id, Epoch: epoch, Target: target,
 	}, a.channel)
 	if err != nil {
 		return nil, err

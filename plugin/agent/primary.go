@@ -46,10 +46,12 @@ type primary struct {
 	conn   *channel.Conn   // nil while the session is broken
 	expect plugin.Position // of the next byte to send
 	dec    *rrlog.Decoder  // of the log as it was sent, to see a deliberate end
-	kept   *os.File        // copy of the log, if one is kept
 	acked  plugin.Position
 	lag    time.Duration
 	rate   meter
+
+	keptMu sync.Mutex
+	kept   *os.File // copy of the log, if one is kept
 }
 
 // startClone begins an epoch as its primary; the machine asked for it.
@@ -92,11 +94,13 @@ func (p *primary) halt() {
 	p.mu.Lock()
 	conn, v := p.conn, p.vm
 	p.conn = nil
+	p.mu.Unlock()
+	p.keptMu.Lock()
 	if p.kept != nil {
 		_ = p.kept.Close()
 		p.kept = nil
 	}
-	p.mu.Unlock()
+	p.keptMu.Unlock()
 	if v != nil {
 		v.ship(nil)
 		v.watch(nil)
@@ -232,14 +236,15 @@ func (p *primary) ship(pos plugin.Position, b []byte) error {
 	pos = p.expect
 	p.expect += plugin.Position(len(b))
 	p.rate.add(len(b), time.Now())
+	var fresh []byte // not sent before over another session
 	if known := p.dec.Position(); p.expect > known && p.dec.Err() == nil {
-		fresh := b[len(b)-int(p.expect-known):]
+		fresh = b[len(b)-int(p.expect-known):]
 		if err := p.dec.Feed(fresh); err != nil {
 			p.d.a.log.Error("the log is not understood", "domain", p.d.label(), "error", err)
 		}
-		p.keep(fresh)
 	}
 	p.mu.Unlock()
+	p.keep(fresh)
 	// Its error is the connection's, which receive reports.
 	_ = conn.SendLog(p.ctx, pos, b)
 	return nil
@@ -252,6 +257,8 @@ func (p *primary) keepLog() {
 	if dir == "" {
 		return
 	}
+	p.keptMu.Lock()
+	defer p.keptMu.Unlock()
 	err := os.MkdirAll(dir, 0o700)
 	if err == nil {
 		name := fmt.Sprintf("%s-%d.rrlog", p.d.id, p.epoch)
@@ -263,6 +270,8 @@ func (p *primary) keepLog() {
 }
 
 func (p *primary) keep(b []byte) {
+	p.keptMu.Lock()
+	defer p.keptMu.Unlock()
 	if p.kept == nil {
 		return
 	}
@@ -365,6 +374,12 @@ func (p *primary) reconnect() *channel.Conn {
 			}
 			return conn
 		}
+		if errors.As(err, new(*channel.RefusedError)) {
+			// Its agent was restarted: the log that it held is lost.
+			p.d.a.log.Warn("the peer has no backup any more", "domain", p.d.label(), "peer", p.peer, "error", err)
+			p.d.post(pair.Event{Kind: pair.EventPeerQEMUDied, Epoch: p.epoch})
+			return nil
+		}
 		select {
 		case <-t.C:
 		case <-p.ctx.Done():
@@ -400,6 +415,15 @@ func (p *primary) notify(c entry) {
 	conn := p.conn
 	p.mu.Unlock()
 	send(p.ctx, conn, c)
+}
+
+func (p *primary) flush(ctx context.Context) {
+	p.mu.Lock()
+	conn := p.conn
+	p.mu.Unlock()
+	if conn != nil {
+		_ = conn.Flush(ctx)
+	}
 }
 
 func send(ctx context.Context, conn *channel.Conn, c entry) {

@@ -41,7 +41,9 @@ func (d *domain) execute(ctx context.Context, act pair.Action) {
 	case pair.ActionCloseEpoch:
 		d.closeEpoch(ctx, act.Epoch)
 	case pair.ActionForget:
-		d.forget(ctx, act.Epoch)
+		// The record stays: should the domain ever have failed over, it is what
+		// keeps the stale copy on the other host from being started.
+		d.a.log.Info("protection ended; this host owns the domain", "domain", d.label(), "epoch", act.Epoch)
 	case pair.ActionPromote:
 		if b != nil {
 			b.goLive()
@@ -165,16 +167,6 @@ func (d *domain) closeEpoch(ctx context.Context, epoch plugin.Epoch) {
 		d.mu.Lock()
 		delete(d.closing, epoch)
 		d.mu.Unlock()
-	})
-}
-
-// forget ends ftvirt's interest in a domain; it goes on as an ordinary one.
-func (d *domain) forget(ctx context.Context, epoch plugin.Epoch) {
-	d.a.wg.Go(func() {
-		d.untilDecided(ctx, "forgetting the domain", func(ctx context.Context) error {
-			return d.a.arbiter.Forget(ctx, d.id)
-		})
-		d.a.log.Info("protection ended", "domain", d.label(), "epoch", epoch)
 	})
 }
 

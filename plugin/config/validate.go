@@ -85,8 +85,8 @@ func (c Config) Validate() error {
 
 	v.listen("heartbeat.listen", c.Heartbeat.Listen)
 	v.period("heartbeat.interval", c.Heartbeat.Interval)
-	v.check(c.Heartbeat.Timeout > 3*c.Heartbeat.Interval, "heartbeat.timeout",
-		fmt.Sprintf("%s is not more than three times heartbeat.interval (%s)", c.Heartbeat.Timeout, c.Heartbeat.Interval),
+	v.check(c.Heartbeat.Timeout >= 4*c.Heartbeat.Interval, "heartbeat.timeout",
+		fmt.Sprintf("%s is less than four times heartbeat.interval (%s)", c.Heartbeat.Timeout, c.Heartbeat.Interval),
 		"a few lost datagrams would start a failover: raise it, or lower the interval")
 
 	v.check(c.Arbiter.Kind == ArbiterDirectory, "arbiter.kind", fmt.Sprintf("%q is not known", c.Arbiter.Kind),

@@ -64,7 +64,7 @@ func (m *Machine) stepReplaying(ev Event) {
 		// end will be reported.
 		m.stopping = m.cfg.Stopping
 	case EventPeerPoweredOff, EventDomainStopped:
-		m.poweredOff(ev)
+		m.poweredOff()
 	case EventDiscard:
 		m.discard(refine(UserRequest, ev.Reason))
 		m.notify(NotifyQEMUDied)
@@ -130,7 +130,7 @@ func (m *Machine) stepPromoting(ev Event) {
 		m.part = rolePrimary
 		m.do(Action{Kind: ActionAnnounce})
 	case EventPeerPoweredOff, EventDomainStopped:
-		m.poweredOff(ev)
+		m.poweredOff()
 	case EventQEMUDied:
 		m.vm = false
 		m.notify(NotifyQEMUDied)
@@ -168,18 +168,12 @@ func (m *Machine) diverged() {
 	m.becomeFailed(Divergence)
 }
 
-// poweredOff ends the pair on the backup's side. The primary closes the epoch
-// as well; twice does no harm, and one of the two may not come to it.
-func (m *Machine) poweredOff(ev Event) {
-	if !m.entitled() {
-		m.discard(PoweredOff)
-		m.becomeUnprotected(PoweredOff)
-		return
-	}
+// poweredOff ends the pair on the backup's side. The epoch is left to the
+// primary, whose disks stay.
+func (m *Machine) poweredOff() {
 	m.stopAsking()
 	m.discard(PoweredOff)
 	m.becomeUnprotected(PoweredOff)
-	m.do(Action{Kind: ActionCloseEpoch})
 }
 
 // unfenced: the plugin went live by itself. There may be two now.

@@ -250,11 +250,11 @@ func TestRedundancyIsRestored(t *testing.T) {
 // is stopped as well and does not try to go live.
 func TestPowerOff(t *testing.T) {
 	p := protectedPrimary(t)
-	p.wantActions(p.on(EventDomainStopped), ActionNotifyPeer, ActionCloseEpoch)
+	p.wantActions(p.on(EventDomainStopped), ActionNotifyPeer, ActionAcquireArbiter)
 	p.want(Unprotected, PoweredOff)
 
 	b := protectedBackup(t)
-	b.wantActions(b.on(EventPeerPoweredOff), ActionDiscardBackup, ActionCloseEpoch)
+	b.wantActions(b.on(EventPeerPoweredOff), ActionDiscardBackup)
 	b.want(Unprotected, PoweredOff)
 	b.on(EventQEMUDied)
 	b.wantActions(b.on(EventSessionLost, EventPeerDead))

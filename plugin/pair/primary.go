@@ -147,19 +147,14 @@ func (m *Machine) primaryStopped() {
 	m.vm = false
 	switch m.state {
 	case Protected, Cloning, GoingLive:
-		inSync := m.state == Protected && !m.sessionLost && m.grace == 0
 		if m.state == Cloning && !m.switched {
 			m.do(Action{Kind: ActionAbortClone})
 		}
 		m.notify(NotifyPoweredOff)
 		m.becomeUnprotected(PoweredOff)
-		if inSync {
-			// Both hosts have the disks, so either may start the domain.
-			m.do(Action{Kind: ActionCloseEpoch})
-		} else {
-			// The backup may lack writes, or never hear of the power-off.
-			m.claim()
-		}
+		// The backup's replicas go with it, so this host's disks are the ones
+		// to start from.
+		m.claim()
 	case Unprotected, Live:
 		// This host keeps what it owns: the other's disks are behind.
 		m.becomeUnprotected(PoweredOff)

@@ -103,7 +103,7 @@ static bool check_timers_state(const char **why)
     q.timers_state->qemu_icount = 0x12345678;
     q.timers_state->cpu_clock_offset = 0x3456789a;
     fits = q.replay_get_current_icount() == 0x12345678 &&
-           q.cpu_get_clock() == 0x3456789a;
+           q.cpu_get_clock_locked() == 0x3456789a;
     q.timers_state->qemu_icount = icount;
     q.timers_state->cpu_clock_offset = offset;
     return fits || refuse(why, "%s lies otherwise in this QEMU", "TimersState");

@@ -21,8 +21,11 @@
 /* What the read at the end of the log returns at go-live: EVENT_INTERRUPT.
  * In record mode nobody looks at it. */
 #define LAST_KIND 1
-/* First kind of the checkpoints; they are consumed by the main loop. Kinds
- * are those of QEMU 9.1 to 10.x, see rrlog/FORMAT.md. */
+/* Kinds that the main loop must see: asynchronous events and shutdowns, for
+ * which it wakes a halted vCPU, and checkpoints, which are its own. Kinds are
+ * those of QEMU 9.1 to 10.x, see rrlog/FORMAT.md. */
+#define FIRST_ASYNC_KIND 3
+#define LAST_SHUTDOWN_KIND 21
 #define FIRST_CHECKPOINT_KIND 30
 
 #define REPLAY_CLOCK_VIRTUAL_RT 1
@@ -148,6 +151,12 @@ static ssize_t take(char *buf, size_t size)
     return n;
 }
 
+static bool for_main_loop(uint8_t kind)
+{
+    return (kind >= FIRST_ASYNC_KIND && kind <= LAST_SHUTDOWN_KIND) ||
+           kind >= FIRST_CHECKPOINT_KIND;
+}
+
 /* Called by QEMU with the replay mutex held, in replay mode. */
 static ssize_t replay_read(void *cookie, char *buf, size_t size)
 {
@@ -179,8 +188,9 @@ static ssize_t replay_read(void *cookie, char *buf, size_t size)
     }
     n = take(buf, size);
     pthread_mutex_unlock(&ft.lock);
-    if (kind && (uint8_t)*buf >= FIRST_CHECKPOINT_KIND) {
-        /* It is the main loop's: do not let it sleep over it. */
+    if (kind && for_main_loop(*buf)) {
+        /* It may sleep without a time limit, and nothing else wakes it: the
+         * backup would lag, or at the end of the log never go live. */
         q.qemu_notify_event();
     }
     return n;
@@ -244,7 +254,9 @@ FILE *ft_stream_null(void)
 void ft_go_live(void)
 {
     int64_t logged = q.replay_state->cached_clock[REPLAY_CLOCK_VIRTUAL_RT];
-    int64_t lag = logged - q.cpu_get_clock();
+    /* Not cpu_get_clock(): the log may end within a read of the clock, whose
+     * seqlock the caller then holds for writing (icount_warp_rt). */
+    int64_t lag = logged - q.cpu_get_clock_locked();
     FILE *null = ft_stream_null();
 
     if (lag > 0) {

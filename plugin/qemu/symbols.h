@@ -98,7 +98,7 @@ enum { Q_TIMER_ATTR_ALL = -1 };
     X(void, run_on_cpu, (void *cpu, void (*f)(void *, uint64_t), uint64_t arg), "modes change in the vCPU thread, where it holds no replay lock") \
     X(void, tlb_flush, (void *cpu), "both sides start with an empty TLB") \
     X(void, qemu_notify_event, (void), "wakes the main loop") \
-    X(int64_t, cpu_get_clock, (void), "clock of the VM, adjusted at go-live") \
+    X(int64_t, cpu_get_clock_locked, (void), "clock of the VM, adjusted at go-live; its lock may be held by the caller") \
     X(void, qemu_clock_enable, (int type, bool enabled), "due timers run before the state is saved") \
     X(bool, qemu_clock_run_timers, (int type), "due timers run before the state is saved") \
     X(int64_t, qemu_clock_deadline_ns_all, (int type, int attrs), "no timer is due at the switch; livelock watch") \

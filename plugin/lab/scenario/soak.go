@@ -40,8 +40,7 @@ func (r *run) begin(ctx context.Context, number int) (*session, error) {
 
 // end removes the guest, whatever state it is in.
 func (s *session) end(ctx context.Context) error {
-	s.traffic.cancel()
-	_ = s.traffic.conn.Close()
+	s.traffic.Close()
 	return s.vm.Remove(context.WithoutCancel(ctx))
 }
 
@@ -172,7 +171,7 @@ func SoakClone(ctx context.Context, o Options) error {
 		var pauses, failoverTimes, gaps figures
 		var failovers, diverged, stuck, silent int
 		ok, err := r.rounds(ctx, "soak-clone", func(ctx context.Context, i int, s *session) error {
-			start := time.Now()
+			start, backup := time.Now(), s.backup.Name
 			primary, err := s.vm.Protect(ctx, s.primary, s.backup)
 			if err != nil {
 				return err
@@ -194,7 +193,7 @@ func SoakClone(ctx context.Context, o Options) error {
 				}
 				return err
 			}
-			r.say("clone %d/%d ok: epoch %d on %s, clone_pause_ms=%s, %s, %.1f s", i, r.Rounds, primary.Epoch, s.backup.Name,
+			r.say("clone %d/%d ok: epoch %d on %s, clone_pause_ms=%s, %s, %.1f s", i, r.Rounds, primary.Epoch, backup,
 				ms(millis(primary.ClonePause)), text, time.Since(start).Seconds())
 			return s.traffic.Err()
 		})

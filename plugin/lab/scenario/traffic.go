@@ -255,7 +255,14 @@ func (t *Traffic) Stop() error {
 	t.lost += len(t.sent) - len(t.received)
 	err := t.fault()
 	t.mu.Unlock()
-	_ = t.conn.Close()
-	t.reading.Wait()
+	t.Close()
 	return err
+}
+
+// Close drops the connection, whatever is on its way.
+func (t *Traffic) Close() {
+	t.cancel()
+	_ = t.conn.Close()
+	t.sending.Wait()
+	t.reading.Wait()
 }

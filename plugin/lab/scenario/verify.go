@@ -43,26 +43,16 @@ func (vm *VM) Quiesce(ctx context.Context) (guest.Digest, error) {
 func (vm *VM) Verify(ctx context.Context, dead, survivor *lab.Host) (Lines, error) {
 	ctx, cancel := context.WithTimeout(ctx, verifyTimeout)
 	defer cancel()
-	digest, err := vm.Quiesce(ctx)
-	if err != nil {
-		return Lines{}, err
-	}
-	path, err := vm.DiskPath(ctx, survivor)
-	if err != nil {
-		return Lines{}, err
-	}
 	v := Lines{}
-	if v.Disk, err = guest.DiskLines(ctx, path); err != nil {
+	var err error
+	if v.Disk, err = vm.VerifyDisk(ctx, survivor); err != nil {
 		return v, err
-	}
-	if v.Disk != digest.Lines {
-		return v, fmt.Errorf("%w: the guest wrote %d, its disk on %s has %d", ErrLines, digest.Lines, survivor.Name, v.Disk)
 	}
 	old, err := vm.Console(dead)
 	if err != nil {
 		return v, err
 	}
-	young, err := vm.waitConsole(ctx, survivor, digest.Lines)
+	young, err := vm.waitConsole(ctx, survivor, v.Disk)
 	if err != nil {
 		return v, err
 	}
@@ -76,6 +66,27 @@ func (vm *VM) Verify(ctx context.Context, dead, survivor *lab.Host) (Lines, erro
 		return v, fmt.Errorf("%w on the consoles: %d lost, %d duplicated, %d altered", ErrLines, v.Lost, v.Duplicated, v.Altered)
 	}
 	return v, nil
+}
+
+// VerifyDisk stops the guest's writers, and demands that its disk on the host
+// passes fsck and has every line that the guest wrote, once. It returns how
+// many there are.
+func (vm *VM) VerifyDisk(ctx context.Context, h *lab.Host) (int, error) {
+	ctx, cancel := context.WithTimeout(ctx, verifyTimeout)
+	defer cancel()
+	digest, err := vm.Quiesce(ctx)
+	if err != nil {
+		return 0, err
+	}
+	path, err := vm.DiskPath(ctx, h)
+	if err != nil {
+		return 0, err
+	}
+	n, err := guest.DiskLines(ctx, path)
+	if err == nil && n != digest.Lines {
+		err = fmt.Errorf("%w: the guest wrote %d, its disk on %s has %d", ErrLines, digest.Lines, h.Name, n)
+	}
+	return n, err
 }
 
 // waitConsole returns the domain's console once it holds the numbered line:

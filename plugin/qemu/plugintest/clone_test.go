@@ -33,6 +33,7 @@ import (
 
 var (
 	clones = flag.Int("clones", 3, "how many clones TestClone makes")
+	every  = flag.Int("every", 4, "of so many clones one goes live")
 	stuck  = flag.Bool("stuck", false, "wait at the first failure, for a debugger")
 	keep   = flag.String("keep", "", "directory that keeps the files of a failed clone")
 )
@@ -302,6 +303,10 @@ type pair struct {
 	log  []byte // of this epoch, to keep when something goes wrong
 	fed  plugin.Position
 	over bool // no more will come
+	// poison is fed once, after the first of the log: events that the primary
+	// never logged.
+	poison []byte
+	extra  plugin.Position // bytes of it that were fed
 }
 
 func (p *pair) Call(ctx context.Context, method string, in, out any) error {
@@ -398,8 +403,12 @@ func (p *pair) feed(b *machine) {
 		switch {
 		case p.fed < end:
 			chunk := append([]byte(nil), p.log[p.fed:end]...)
-			pos := p.fed
+			pos := p.fed + p.extra
 			p.fed = end
+			if pos > 0 && len(p.poison) > 0 {
+				chunk = append(p.poison, chunk...)
+				p.extra, p.poison = plugin.Position(len(p.poison)), nil
+			}
 			p.mu.Unlock()
 			err := b.plugin.Feed(pos, chunk)
 			p.mu.Lock()
@@ -434,19 +443,18 @@ func dial(ports map[uint16]uint16) guest.DialFunc {
 	}
 }
 
-// TestClone clones one guest again and again under TCP and disk load and
-// checks that the backup follows; a quarter of the backups goes live at a
-// random instant, and their consoles must be equal to the primary's.
-func TestClone(t *testing.T) {
+// boot starts the primary and its guest, with load.
+func boot(ctx context.Context, t *testing.T) *pair {
+	t.Helper()
 	b := newBed(t)
-	if err := b.guest.NewDisk(context.Background(), filepath.Join(mkdir(t, b.dir, "a"), "disk.raw"), "raw"); err != nil {
+	if err := b.guest.NewDisk(ctx, filepath.Join(mkdir(t, b.dir, "a"), "disk.raw"), "raw"); err != nil {
 		t.Fatal(err)
 	}
-	a, err := b.start(context.Background(), "a", "primary")
+	a, err := b.start(ctx, "a", "primary")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer a.kill()
+	t.Cleanup(a.kill)
 	p := &pair{bed: b, a: a}
 	p.cond = sync.NewCond(&p.mu)
 	if err := a.plugin.Welcome(0, 0); err != nil {
@@ -455,21 +463,17 @@ func TestClone(t *testing.T) {
 	h := a.handler()
 	h.Log = p.append
 	go func() {
-		if err := a.plugin.Run(context.Background(), h); err != nil && !errors.Is(err, io.EOF) {
+		if err := a.plugin.Run(ctx, h); err != nil && !errors.Is(err, io.EOF) && ctx.Err() == nil {
 			t.Errorf("plugin of the primary: %v", err)
 		}
 	}()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(*clones+2)*60*time.Second)
-	defer cancel()
 	if err := a.Monitor(ctx, plugin.UUID{}, "cont", nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	c := guest.Client{Dial: dial(b.ports), Address: netip.MustParseAddr("10.0.2.15")}
-	boot := time.Now()
 	if err := c.WaitReady(ctx); err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("booted in %v", time.Since(boot))
 	if err := c.StartLines(ctx, 10); err != nil {
 		t.Fatal(err)
 	}
@@ -477,6 +481,44 @@ func TestClone(t *testing.T) {
 		t.Fatal(err)
 	}
 	go p.echo(ctx)
+	return p
+}
+
+// TestDivergence: a backup that does not follow the log is found out, and the
+// primary goes on.
+func TestDivergence(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	p := boot(ctx, t)
+	p.begin()
+	// CHECKPOINT_SUSPEND_REQUESTED: nobody asks the guest to suspend.
+	p.poison = []byte{33}
+	s := migrate.Source{Local: p.a, Peer: p, Plugin: p}
+	_, err := s.Clone(ctx, migrate.Options{
+		Epoch: p.epoch, Dir: filepath.Join(p.dir, "clone"), QEMUUser: os.Getuid(), Downtime: 100 * time.Millisecond,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.b.kill()
+	if err := p.b.plugin.Configure(time.Second, 50*time.Millisecond); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.b.wait(ctx, "divergence is found", func() bool { return p.b.diverged != nil }); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.idle(ctx); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestClone clones one guest again and again under TCP and disk load and
+// checks that the backup follows; a quarter of the backups goes live at a
+// random instant, and their consoles must be equal to the primary's.
+func TestClone(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(*clones+2)*60*time.Second)
+	defer cancel()
+	p := boot(ctx, t)
 	var failed int
 	for i := range *clones {
 		if err := p.round(ctx, i); err != nil {
@@ -554,7 +596,7 @@ func (p *pair) round(ctx context.Context, i int) error {
 		return err
 	}
 	p.a.log("clone %d took %v, pause %v", i, time.Since(start).Round(time.Millisecond), pause.Round(time.Microsecond))
-	live := i%4 == 3
+	live := i%*every == *every-1
 	run := 3 * time.Second
 	if live {
 		run = 50*time.Millisecond + time.Duration(rand.Int63n(int64(2*time.Second)))
