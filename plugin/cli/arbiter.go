@@ -43,6 +43,17 @@ func arbiterCommand() *cli.Command {
 				},
 				Action: showArbiter,
 			},
+			{
+				Name:      "forget",
+				Usage:     "give up what is known of a domain",
+				ArgsUsage: "UUID",
+				Description: "Any host may start its copy of the domain afterwards, however old its disks.\n" +
+					"It is for domains whose owner is gone for good, or that ftvirt is done with.",
+				Flags: []cli.Flag{
+					&cli.StringFlag{Name: "path", Usage: "the shared `DIRECTORY`; the default is the configured one"}, configFlag(),
+				},
+				Action: forgetArbiter,
+			},
 		},
 	}
 }
@@ -130,4 +141,25 @@ func arbiterRecord(w io.Writer, r arbiter.Record) error {
 		}
 	}
 	return f.flush()
+}
+
+func forgetArbiter(c *cli.Context) error {
+	if err := arguments(c, 1, 1); err != nil {
+		return err
+	}
+	id, err := plugin.ParseUUID(c.Args().First())
+	if err != nil {
+		return usagef("%w; 'virsh domuuid DOMAIN' tells a domain's", err)
+	}
+	path, err := arbiterPath(c, c.String("path"))
+	if err != nil {
+		return err
+	}
+	dir, err := arbiter.NewDir(arbiter.DirConfig{Path: path, Timeout: arbiterTimeout})
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(c.Context, arbiterTimeout)
+	defer cancel()
+	return dir.Forget(ctx, id)
 }
