@@ -21,6 +21,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -239,6 +240,8 @@ func (b *bed) start(ctx context.Context, name, role string, extra ...string) (*m
 	}
 	m.cmd = exec.Command("qemu-system-x86_64", args...)
 	m.cmd.Stderr, m.cmd.Stdout = stderr, stderr
+	// A test that is killed leaves no QEMU behind.
+	m.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := m.cmd.Start(); err != nil {
 		return nil, err
 	}
