@@ -25,9 +25,9 @@ func TestFailedClone(t *testing.T) {
 	t.Cleanup(traffic.Close)
 	const smallDir = "/srv/small"
 	for _, c := range []struct {
-		name   string
+		name  string
 		spoil func(t *testing.T)
-		want   string // part of the error
+		want  string // part of the error
 	}{
 		{"PeerUnreachable", func(t *testing.T) {
 			must(t, hostb.CutLink(t.Context(), lab.Logging))
@@ -47,7 +47,7 @@ func TestFailedClone(t *testing.T) {
 				must(t, err)
 			})
 			configured(t, b, hostb, func(c *config.Config) { c.Clone.DiskDir = smallDir })
-		}, "No space left"},
+		}, "room on the peer"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			traces := peerFiles(t, hostb)

@@ -139,6 +139,11 @@ func (vm *VM) WaitProtected(ctx context.Context, from, to *lab.Host, before clie
 				return false, fmt.Errorf("%w: %s", ErrState, s)
 			}
 		})
+	if errors.Is(err, ErrState) {
+		// The agent tells the reason once the clone is undone.
+		why, _ := vm.bed.Wait(ctx, from, vm.Name, "the reason", removeTimeout, func(s client.Status) (bool, error) { return s.Failure != "", nil })
+		return why, fmt.Errorf("%w: %s", ErrState, why)
+	}
 	if err != nil {
 		return primary, err
 	}
