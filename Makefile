@@ -3,8 +3,12 @@
 # make deps    install what is missing (Debian 12 or 13, root)
 # make build   programs and the QEMU plugin, into bin/
 # make test    everything a change must pass, at most 25 minutes (root)
+# make demo    protect a guest and kill its primary; KEEP=1 leaves the lab up (root)
 # make lint    formatting, vet, linters, C warnings
 # make clean   remove bin/ and build/
+#
+# make soak-failover N=20    kill the primary again and again (root)
+# make soak-clone N=200      make and discard backups again and again (root)
 
 SHELL = /bin/sh
 .SHELLFLAGS = -euc
@@ -31,7 +35,7 @@ list_tests = $(GO) list -tags $(TAGS) -f '{{.ImportPath}} {{join .TestImports " 
 UNIT = $$($(list_tests) | grep -Ev ' $(REAL)( |$$)' | cut -d' ' -f1)
 LAB = $$($(list_tests) | grep -E ' $(REAL)( |$$)' | cut -d' ' -f1)
 
-.PHONY: all deps build test unit-test lab-test lint clean build/guest
+.PHONY: all deps build test unit-test lab-test demo soak-failover soak-clone lint clean build/guest
 
 all: build
 
@@ -54,6 +58,11 @@ unit-test: build
 
 lab-test: build build/guest unit-test
 	$(GO) test -tags $(TAGS) -p 1 -count 1 -timeout 15m $(LAB)
+
+# They say themselves what failed, and keep the logs in build/evidence.
+demo soak-failover soak-clone: build build/guest
+	$(GO) build -o build/ftvirt-scenario ./plugin/lab/cmd/ftvirt-scenario
+	@build/ftvirt-scenario $@ $(if $(filter soak-%,$@),$(if $(N),-n $(N)))
 
 lint: deps $(GOLANGCI)
 	@unformatted=$$(gofmt -l $(GOFILES)); if [ -n "$$unformatted" ]; then echo "not formatted by gofmt:"; echo "$$unformatted"; exit 1; fi

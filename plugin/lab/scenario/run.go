@@ -52,6 +52,7 @@ func Run(ctx context.Context, name string, o Options, scenario func(context.Cont
 	r := &run{Options: o, start: time.Now()}
 	figures, err := r.inLab(ctx, name, scenario)
 	if err != nil {
+		r.say("FAILED: %v", err)
 		if figures != "" {
 			figures = " " + figures
 		}

@@ -6,6 +6,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -17,11 +18,17 @@ import (
 	"ftvirt.org/ftvirt/plugin/lab/scenario"
 )
 
+// errReported is returned for what the RESULT line, which is the last line of
+// all, has told already.
+var errReported = errors.New("scenario failed")
+
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	defer stop()
 	if err := app().RunContext(ctx, os.Args); err != nil {
-		fmt.Fprintf(os.Stderr, "error: %v\n", err)
+		if !errors.Is(err, errReported) {
+			fmt.Fprintf(os.Stderr, "error: %v\n", err)
+		}
 		stop()
 		os.Exit(1)
 	}
@@ -41,10 +48,14 @@ func app() *cli.App {
 			own = append([]cli.Flag{&cli.IntFlag{Name: "n", Usage: "how many `ROUNDS`", Value: rounds}}, flags...)
 		}
 		return &cli.Command{Name: name, Usage: usage, Flags: own, Action: func(c *cli.Context) error {
-			return run(c.Context, scenario.Options{
+			err := run(c.Context, scenario.Options{
 				Name: c.String("name"), Bin: c.String("bin"), GuestDir: c.String("guest"), Evidence: c.String("evidence"),
 				Keep: c.Bool("keep"), Rounds: c.Int("n"), Out: c.App.Writer,
 			})
+			if err != nil {
+				return fmt.Errorf("%w: %w", errReported, err)
+			}
+			return nil
 		}}
 	}
 	return &cli.App{
