@@ -4,6 +4,7 @@ package scenario
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -17,6 +18,15 @@ import (
 
 // steady is how long things run undisturbed before a kill and after a failover.
 const steady = 3 * time.Second
+
+// What a user may be made to wait, at most.
+const (
+	longestPause = time.Second
+	longestGap   = 2 * time.Second
+)
+
+// ErrTooLong is wrapped when all went well, but slowly.
+var ErrTooLong = errors.New("too slow")
 
 // Demo protects a guest, kills its primary while a client is connected, and
 // shows that nobody but the operator could tell.
@@ -102,8 +112,14 @@ func demo(ctx context.Context, r *run) (string, error) {
 		return "", err
 	}
 	r.say("the surviving disk passes fsck and has %d lines; the hosts' consoles have each of them, and agree", lines.Disk)
-	return fmt.Sprintf("clone_pause_ms=%s failover_ms=%s longest_gap_ms=%s lost=%d duplicated_lines=%d lag_ms=%s",
-		ms(millis(primary.ClonePause)), ms(failover.Reply), ms(gap), lost+lines.Lost, duplicated+lines.Duplicated, ms(lag)), nil
+	pause := millis(primary.ClonePause)
+	figures := fmt.Sprintf("clone_pause_ms=%s failover_ms=%s longest_gap_ms=%s lost=%d duplicated_lines=%d lag_ms=%s",
+		ms(pause), ms(failover.Reply), ms(gap), lost+lines.Lost, duplicated+lines.Duplicated, ms(lag))
+	if pause >= longestPause || gap >= longestGap {
+		return figures, fmt.Errorf("%w: the clone may stop the guest for less than %v, and the client may be left without a reply for less than %v",
+			ErrTooLong, longestPause, longestGap)
+	}
+	return figures, nil
 }
 
 // ftvirt runs the command line on a host, and shows it and what it says.
