@@ -521,7 +521,7 @@ func (d *Dir) readAs(ctx context.Context, op Op, path string, k kind, domain str
 		if err != nil {
 			return err
 		}
-		defer f.Close()
+		defer func() { _ = f.Close() }()
 		text, err = io.ReadAll(io.LimitReader(f, maxFile+1))
 		return err
 	})
@@ -604,7 +604,7 @@ func (d *Dir) linked(ctx context.Context, temp, final string, c contents, linkEr
 			return err
 		}
 		if st, ok := info.Sys().(*syscall.Stat_t); ok {
-			links = uint64(st.Nlink)
+			links = uint64(st.Nlink) //nolint:unconvert // narrower on other architectures
 		}
 		return nil
 	}); err == nil && links == 2 {
@@ -628,7 +628,7 @@ func (d *Dir) writeTemp(ctx context.Context, temp string, text []byte) (err erro
 		return err
 	}); err != nil {
 		if f != nil {
-			f.Close()
+			_ = f.Close()
 		}
 		return err
 	}
@@ -663,7 +663,7 @@ func (d *Dir) syncDir(ctx context.Context, dir string) error {
 		if err != nil {
 			return err
 		}
-		defer f.Close()
+		defer func() { _ = f.Close() }()
 		err = f.Sync()
 		// Some file systems have no such thing because their directory
 		// operations are synchronous.

@@ -218,7 +218,7 @@ var rules = []Rule{
 	{"usb-input", "USB and virtio input devices, such as the tablet", Refused, notMigrated, "remove it; the PS/2 mouse and keyboard stay", func(d *libvirtxml.Domain) []string {
 		var bad []string
 		for _, in := range devices(d).Inputs {
-			if in.Bus != "ps2" && !(in.Bus == "" && (in.Type == "mouse" || in.Type == "keyboard")) {
+			if in.Bus != "ps2" && (in.Bus != "" || in.Type != "mouse" && in.Type != "keyboard") {
 				bad = append(bad, strings.TrimSpace("input "+in.Type+" "+in.Bus))
 			}
 		}

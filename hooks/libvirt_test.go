@@ -34,7 +34,7 @@ func TestNamesAgreeWithLibvirt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer os.RemoveAll(dir)
+	defer func() { _ = os.RemoveAll(dir) }()
 	run := func(name string, args ...string) string {
 		t.Helper()
 		out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()

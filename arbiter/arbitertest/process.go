@@ -138,7 +138,7 @@ func startContender(t testing.TB, target, point string) *contender {
 	}
 	c := &contender{cmd: cmd, in: json.NewEncoder(in), out: json.NewDecoder(bufio.NewReader(out))}
 	c.done = func() {
-		in.Close()
+		_ = in.Close()
 		// A contender that was told to crash ends with an error; what it
 		// did is judged by the storage.
 		_ = cmd.Wait()

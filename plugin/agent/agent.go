@@ -177,7 +177,7 @@ func (a *Agent) announceStop() {
 	defer cancel()
 	var wg sync.WaitGroup
 	for _, d := range a.known() {
-		s, _, p, b, _ := d.snapshot()
+		s, _, p, b := d.snapshot()
 		if !d.paired() {
 			continue
 		}

@@ -79,7 +79,7 @@ func (d *domain) beginBackup(ctx context.Context, in *channel.Incoming) {
 			"do both hosts use the same storage?", h.Epoch, h.From, d.a.cfg.Host))
 		return
 	}
-	status, v, _, _, _ := d.snapshot()
+	status, v, _, _ := d.snapshot()
 	if v != nil || status.Removing || (status.State != pair.Unprotected && status.State != pair.Failed) {
 		_ = in.Refuse(ctx, channel.RefuseBusy, fmt.Sprintf("domain %s is %s on %s", d.id, status, d.a.cfg.Host))
 		return

@@ -30,7 +30,6 @@ type domain struct {
 	mu       sync.Mutex
 	name     string
 	status   pair.Status
-	changed  chan struct{} // closed and renewed when status changes
 	vm       *vm           // the QEMU of this host, nil if none
 	attached chan struct{} // closed and renewed when vm changes
 	primary  *primary      // data path of the epoch in which this is the primary
@@ -44,7 +43,7 @@ type domain struct {
 
 func newDomain(a *Agent, id plugin.UUID) *domain {
 	return &domain{
-		a: a, id: id, name: id.String(), inbox: make(chan pair.Event, 256), stops: make(chan virt.Stopped, 8), changed: make(chan struct{}),
+		a: a, id: id, name: id.String(), inbox: make(chan pair.Event, 256), stops: make(chan virt.Stopped, 8),
 		attached: make(chan struct{}), closing: map[plugin.Epoch]bool{},
 		status: pair.Status{Role: plugin.RoleNone, Reason: pair.NotEnabled},
 	}
@@ -101,19 +100,14 @@ func (d *domain) prepareFor(ev pair.Event) {
 func (d *domain) publish(s pair.Status) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if s == d.status {
-		return
-	}
 	d.status = s
-	close(d.changed)
-	d.changed = make(chan struct{})
 }
 
 // snapshot gives what others may look at.
-func (d *domain) snapshot() (pair.Status, *vm, *primary, *backup, <-chan struct{}) {
+func (d *domain) snapshot() (pair.Status, *vm, *primary, *backup) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.status, d.vm, d.primary, d.backup, d.changed
+	return d.status, d.vm, d.primary, d.backup
 }
 
 // settle opens the gate of a VM that records although its pair is over: the
@@ -142,7 +136,7 @@ func (d *domain) open(v *vm, epoch plugin.Epoch) {
 
 // paired tells whether there is a pair, be it in the making.
 func (d *domain) paired() bool {
-	s, _, _, _, _ := d.snapshot()
+	s, _, _, _ := d.snapshot()
 	return s.State == pair.Cloning || s.State == pair.Protected
 }
 

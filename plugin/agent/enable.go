@@ -103,7 +103,7 @@ func (a *Agent) Enable(ctx context.Context, name, peer string) error {
 		return &hooks.NotReadyError{Domain: info.Name, Problems: problems}
 	}
 	d := a.domain(info.UUID)
-	status, v, _, _, _ := d.snapshot()
+	status, v, _, _ := d.snapshot()
 	if status.State != pair.Unprotected && status.State != pair.Live && status.State != pair.Failed {
 		return fmt.Errorf("%w: it is %s", ErrProtected, status)
 	}

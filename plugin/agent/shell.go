@@ -21,7 +21,7 @@ import (
 // execute does what the machine asks for. What may take time runs in a
 // goroutine of its own, so that the machine never waits.
 func (d *domain) execute(ctx context.Context, act pair.Action) {
-	_, v, p, b, _ := d.snapshot()
+	_, v, p, b := d.snapshot()
 	switch act.Kind {
 	case pair.ActionLog:
 		d.a.log.Info(act.Line, "domain", d.label())
@@ -213,7 +213,7 @@ func (d *domain) define(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	status, _, _, _, _ := d.snapshot()
+	status, _, _, _ := d.snapshot()
 	def, err := hooks.Definition(live, hooks.Annotation{Mode: hooks.ModeProtected, Peer: status.Peer}, d.a.hookOptions())
 	if err != nil {
 		return err
@@ -238,7 +238,7 @@ func (d *domain) describeBackup(xml string, epoch plugin.Epoch, disks map[string
 	if err != nil {
 		return "", nil, err
 	}
-	_, _, _, b, _ := d.snapshot()
+	_, _, _, b := d.snapshot()
 	if b == nil {
 		return "", nil, errors.New("the clone was given up")
 	}

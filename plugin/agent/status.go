@@ -53,7 +53,7 @@ type Status struct {
 func millis(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
 func (d *domain) report() Status {
-	s, v, p, b, _ := d.snapshot()
+	s, v, p, b := d.snapshot()
 	d.mu.Lock()
 	st := Status{
 		Domain: d.name, UUID: d.id, Host: d.a.cfg.Host, Role: s.Role, State: s.State, Reason: s.Reason, Epoch: s.Epoch,

@@ -66,7 +66,7 @@ const (
 	helloBody    = 1 + 8 + 16
 )
 
-func appendHello(dst []byte, h Hello) ([]byte, error) {
+func encodeHello(h Hello) ([]byte, error) {
 	length := helloFixed + helloBody
 	for _, s := range []string{h.From, h.To, h.Target} {
 		if len(s) > maxName {
@@ -74,7 +74,7 @@ func appendHello(dst []byte, h Hello) ([]byte, error) {
 		}
 		length += 2 + len(s)
 	}
-	dst = appendHeader(dst, FrameHello, length)
+	dst := appendHeader(nil, FrameHello, length)
 	dst = append(dst, magic...)
 	dst = binary.BigEndian.AppendUint16(dst, ProtocolVersion)
 	dst = append(dst, byte(h.Purpose))
@@ -224,7 +224,7 @@ func Dial(ctx context.Context, t Transport, address string, h Hello, cfg Config)
 	if err := cfg.Validate(); err != nil {
 		return nil, 0, err
 	}
-	hello, err := appendHello(nil, h)
+	hello, err := encodeHello(h)
 	if err != nil {
 		return nil, 0, err
 	}

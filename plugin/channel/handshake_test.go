@@ -115,7 +115,7 @@ func serveRaw(t *testing.T, send []byte) []byte {
 }
 
 func TestServeRefusesOtherVersion(t *testing.T) {
-	hello, err := appendHello(nil, testHello)
+	hello, err := encodeHello(testHello)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -270,7 +270,7 @@ func TestSplice(t *testing.T) {
 }
 
 func FuzzFrames(f *testing.F) {
-	hello, err := appendHello(nil, testHello)
+	hello, err := encodeHello(testHello)
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -291,7 +291,7 @@ func FuzzFrames(f *testing.F) {
 			switch ft {
 			case FrameHello:
 				if h, err := parseHello(payload); err == nil {
-					back, err := appendHello(nil, h)
+					back, err := encodeHello(h)
 					if err != nil || !bytes.Equal(back[frameHeader:], payload) {
 						t.Fatalf("HELLO %+v does not come back: %v", h, err)
 					}

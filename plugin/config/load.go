@@ -80,7 +80,7 @@ func Load(path string) (Config, error) {
 		}
 		return Config{}, err
 	}
-	defer f.Close()
+	defer func() { _ = f.Close() }()
 	text, err := io.ReadAll(io.LimitReader(f, maxFile+1))
 	if err != nil {
 		return Config{}, fmt.Errorf("read configuration: %w", err)

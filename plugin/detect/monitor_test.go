@@ -17,11 +17,11 @@ type action struct {
 	want Liveness
 }
 
-// every gives the same action each interval in (from, to].
-func every(interval, from, to time.Duration, what string, want Liveness) []action {
+// every ticks each interval in (from, to].
+func every(interval, from, to time.Duration, want Liveness) []action {
 	var as []action
 	for at := from + interval; at <= to; at += interval {
-		as = append(as, action{at, what, want})
+		as = append(as, action{at, "tick", want})
 	}
 	return as
 }
@@ -31,44 +31,44 @@ func TestMonitor(t *testing.T) {
 		name  string
 		steps [][]action
 	}{
-		{"never heard is never dead", [][]action{every(50*ms, 0, 10*time.Second, "tick", Unknown)}},
+		{"never heard is never dead", [][]action{every(50*ms, 0, 10*time.Second, Unknown)}},
 		{"dead after 500 ms of silence on both", [][]action{
 			{{0, "beat", Alive}},
-			every(50*ms, 0, 150*ms, "tick", Alive),
-			every(50*ms, 150*ms, 450*ms, "tick", Suspected),
-			every(50*ms, 450*ms, 5*time.Second, "tick", Dead),
+			every(50*ms, 0, 150*ms, Alive),
+			every(50*ms, 150*ms, 450*ms, Suspected),
+			every(50*ms, 450*ms, 5*time.Second, Dead),
 			{{5001 * ms, "beat", Alive}, {5050 * ms, "tick", Alive}},
 		}},
 		{"log alone keeps alive", [][]action{
 			{{0, "beat", Alive}},
-			every(50*ms, 0, 150*ms, "tick", Alive),
+			every(50*ms, 0, 150*ms, Alive),
 			{{160 * ms, "progress", Alive}},
-			every(50*ms, 150*ms, 300*ms, "tick", Alive),
+			every(50*ms, 150*ms, 300*ms, Alive),
 			{{310 * ms, "progress", Alive}},
-			every(50*ms, 300*ms, 500*ms, "tick", Alive),
-			every(50*ms, 500*ms, 800*ms, "tick", Suspected),
+			every(50*ms, 300*ms, 500*ms, Alive),
+			every(50*ms, 500*ms, 800*ms, Suspected),
 			{{850 * ms, "tick", Dead}},
 		}},
 		{"heartbeats alone keep alive", [][]action{
 			{{0, "progress", Alive}},
-			every(50*ms, 0, 150*ms, "tick", Alive),
+			every(50*ms, 0, 150*ms, Alive),
 			{{190 * ms, "beat", Alive}},
-			every(50*ms, 150*ms, 350*ms, "tick", Alive),
+			every(50*ms, 150*ms, 350*ms, Alive),
 		}},
 		{"suspicion is taken back", [][]action{
 			{{0, "beat", Alive}},
-			every(50*ms, 0, 150*ms, "tick", Alive),
+			every(50*ms, 0, 150*ms, Alive),
 			{{200 * ms, "tick", Suspected}, {230 * ms, "progress", Alive}, {250 * ms, "tick", Alive}},
 		}},
 		{"an agent that was stopped for 10 s accuses nobody", [][]action{
 			{{0, "beat", Alive}},
-			every(50*ms, 0, 100*ms, "tick", Alive),
+			every(50*ms, 0, 100*ms, Alive),
 			{{10100 * ms, "tick", Alive}, {10101 * ms, "beat", Alive}, {10150 * ms, "tick", Alive}},
 		}},
 		{"nor does one whose ticks all come a second late", [][]action{
 			{{0, "beat", Alive}},
-			every(time.Second, 0, 2*time.Second, "tick", Alive),
-			every(time.Second, 2*time.Second, 6*time.Second, "tick", Suspected),
+			every(time.Second, 0, 2*time.Second, Alive),
+			every(time.Second, 2*time.Second, 6*time.Second, Suspected),
 			{{7 * time.Second, "tick", Dead}},
 		}},
 		{"ticks that come in a burst do not add up", [][]action{

@@ -377,7 +377,7 @@ func TestLoopback(t *testing.T) {
 	b.flags.Store(uint32(PoweredOff))
 	b.peer.Beat()
 	a.after(t, limit, func(s State) bool { return s.Flags == PoweredOff })
-	if err := b.Service.Close(); err != nil {
+	if err := b.Close(); err != nil {
 		t.Fatal(err)
 	}
 	a.after(t, limit, is(Dead))
@@ -398,7 +398,7 @@ func TestListenRefuses(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer s.Close()
+	defer func() { _ = s.Close() }()
 	if _, err := Listen(s.Addr().String(), DefaultConfig()); err == nil {
 		t.Error("the same address can be used twice")
 	}

@@ -210,6 +210,11 @@ func Up(ctx context.Context, o Options) (*Lab, error) {
 		return nil, fmt.Errorf("lab %s: %w since %s; take it down with 'ftvirt lab down --name %s'",
 			o.Name, ErrUp, old.Created.Format(time.DateTime), o.Name)
 	}
+	// A dead one of this name first: its lock, which removeDead asks for, is
+	// ours already.
+	if err := removeState(ctx, dir); err != nil {
+		return nil, fmt.Errorf("lab %s: %w", o.Name, err)
+	}
 	if err := removeDead(ctx); err != nil {
 		return nil, err
 	}

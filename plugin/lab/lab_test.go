@@ -394,7 +394,8 @@ func TestInterruptedUp(t *testing.T) {
 }
 
 // TestKilledMaker kills the process that made an ephemeral lab: the lab's
-// processes end with it, and the next Up removes the rest.
+// processes end with it, and the next Up, whatever its lab is called, removes
+// the rest.
 func TestKilledMaker(t *testing.T) {
 	const name = "killtest"
 	if os.Getenv("LAB_TEST_MAKER") != "" {
@@ -402,6 +403,21 @@ func TestKilledMaker(t *testing.T) {
 		fmt.Println("up")
 		select {}
 	}
+	for _, next := range []string{name, "killtest2"} {
+		killMaker(t, name)
+		l := labtest.Up(t, lab.Options{Name: next, NoAgent: true})
+		if left := leftovers(t, name+"/"); next != name && left != "" {
+			t.Errorf("the next lab did not remove:\n%s", left)
+		}
+		if err := l.Down(within(t)); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// killMaker has another process make a lab and kills it.
+func killMaker(t *testing.T, name string) {
+	t.Helper()
 	cmd := exec.CommandContext(within(t), os.Args[0], "-test.run=^TestKilledMaker$")
 	cmd.Env = append(os.Environ(), "LAB_TEST_MAKER=1")
 	stdout, err := cmd.StdoutPipe()
@@ -419,10 +435,6 @@ func TestKilledMaker(t *testing.T) {
 	}
 	_ = cmd.Wait() // it was killed
 	waitFor(t, "end of the lab's processes", func() bool { return processes(t, name) == "" })
-	labtest.Up(t, lab.Options{Name: "killtest2", NoAgent: true})
-	if left := leftovers(t, name+"/"); left != "" {
-		t.Errorf("the next lab did not remove:\n%s", left)
-	}
 }
 
 func TestBadOptions(t *testing.T) {

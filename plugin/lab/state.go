@@ -174,7 +174,7 @@ func removeDead(ctx context.Context) error {
 			continue
 		}
 		// One that is being made has no processes yet, but its maker has the
-		// lock; our own we have locked ourselves.
+		// lock.
 		if unlock, err := tryLockLab(e.Name()); err == nil {
 			err := removeState(ctx, dir)
 			unlock()

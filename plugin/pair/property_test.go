@@ -393,7 +393,7 @@ func runWorld(t *testing.T, seed uint64, seen map[Transition]bool) {
 		if s.State != Live && s.State != Failed && s.State != Unprotected || s.Asking || s.Removing {
 			fail(fmt.Errorf("host %c is stuck: %s", 'A'+i, s))
 		}
-		if s.State == Live && !(h.alive && h.seen) {
+		if s.State == Live && (!h.alive || !h.seen) {
 			fail(fmt.Errorf("host %c says live, but nothing is seen of it", 'A'+i))
 		}
 		up = up || h.alive && h.seen

@@ -80,11 +80,11 @@ func StatReader(r io.Reader, l Layout, opts ...Option) (Stat, error) {
 func (s Stat) WriteTable(w io.Writer) error {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
 	// tabwriter keeps its first error for Flush.
-	fmt.Fprint(tw, "kind\tevents\tbytes\t\n")
+	_, _ = fmt.Fprint(tw, "kind\tevents\tbytes\t\n")
 	for _, k := range s.Kinds {
-		fmt.Fprintf(tw, "%v\t%d\t%d\t\n", k.Kind, k.Events, k.Bytes)
+		_, _ = fmt.Fprintf(tw, "%v\t%d\t%d\t\n", k.Kind, k.Events, k.Bytes)
 	}
-	fmt.Fprintf(tw, "total\t%d\t%d\t\n", s.Events, s.Bytes)
+	_, _ = fmt.Fprintf(tw, "total\t%d\t%d\t\n", s.Events, s.Bytes)
 	if err := tw.Flush(); err != nil {
 		return err
 	}

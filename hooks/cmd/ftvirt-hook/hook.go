@@ -57,7 +57,7 @@ func parseCall(args []string) (call, error) {
 func (h hook) run(ctx context.Context, args []string, stdin io.Reader, stderr io.Writer) int {
 	c, err := parseCall(args)
 	if err != nil {
-		fmt.Fprintln(stderr, "ftvirt-hook:", err)
+		_, _ = fmt.Fprintln(stderr, "ftvirt-hook:", err)
 		return exitStatus(len(args) < 2 || args[1] != "reconnect")
 	}
 	guard := c.guarded()
@@ -68,7 +68,7 @@ func (h hook) run(ctx context.Context, args []string, stdin io.Reader, stderr io
 		err = nil // nothing but a start is ours to refuse
 	}
 	if err != nil {
-		fmt.Fprintf(stderr, "ftvirt: domain %s is not started: %v\n", c.name, err)
+		_, _ = fmt.Fprintf(stderr, "ftvirt: domain %s is not started: %v\n", c.name, err)
 		return 1
 	}
 	h.notify(ctx, c, text)
@@ -199,7 +199,7 @@ func (h hook) notify(ctx context.Context, c call, text []byte) {
 	if err != nil {
 		return
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	if d, ok := ctx.Deadline(); ok {
 		_ = conn.SetDeadline(d) // a socket that cannot is as good as closed
 	}

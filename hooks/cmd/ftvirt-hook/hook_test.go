@@ -186,7 +186,7 @@ func TestNeverHangs(t *testing.T) {
 				t.Errorf("%s without XML: exit %d after %s", name, got, time.Since(start))
 			}
 			cancel()
-			end.Close()
+			_ = end.Close()
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), deadline)
 		defer cancel()
@@ -211,7 +211,7 @@ func TestNotifiesTheAgent(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
+	defer func() { _ = l.Close() }()
 	got := make(chan hooks.Event, 1)
 	go func() {
 		defer close(got)
@@ -219,7 +219,7 @@ func TestNotifiesTheAgent(t *testing.T) {
 		if err != nil {
 			return
 		}
-		defer conn.Close()
+		defer func() { _ = conn.Close() }()
 		line, err := bufio.NewReader(conn).ReadBytes('\n')
 		var e hooks.Event
 		if err == nil && json.Unmarshal(line, &e) == nil {

@@ -77,7 +77,7 @@ func (r *run) inLab(ctx context.Context, name string, scenario func(context.Cont
 		return "", err
 	}
 	defer func() {
-		if err != nil {
+		if err != nil && ctx.Err() == nil {
 			r.keepEvidence(context.WithoutCancel(ctx), name)
 		}
 		if r.Keep {

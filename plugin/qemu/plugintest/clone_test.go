@@ -150,7 +150,6 @@ type bed struct {
 	t      *testing.T
 	dir    string
 	guest  guest.Artifacts
-	mu     sync.Mutex
 	accept map[string]chan *control.Session // by role
 	ports  map[uint16]uint16
 }
