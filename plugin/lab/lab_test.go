@@ -434,7 +434,10 @@ func killMaker(t *testing.T, name string) {
 		t.Fatal(err)
 	}
 	_ = cmd.Wait() // it was killed
-	waitFor(t, "end of the lab's processes", func() bool { return processes(t, name) == "" })
+	waitFor(t, "end of the lab's processes", func() bool {
+		_, err := lab.Open(within(t), name)
+		return errors.Is(err, lab.ErrNotUp) && processes(t, name) == ""
+	})
 }
 
 func TestBadOptions(t *testing.T) {
