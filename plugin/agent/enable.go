@@ -6,6 +6,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+
+	"libvirt.org/go/libvirtxml"
 
 	"ftvirt.org/ftvirt/arbiter"
 	"ftvirt.org/ftvirt/hooks"
@@ -60,7 +63,44 @@ func (a *Agent) checkDomain(ctx context.Context, info virt.Info, peer string) ([
 	if opts.Snapshots, err = a.virt.Snapshots(ctx, info.UUID); err != nil {
 		return nil, err
 	}
-	return hooks.Check(dom, opts), nil
+	problems := hooks.Check(dom, opts)
+	problems = append(problems, missingDisks(dom)...)
+	version, err := a.virt.Hypervisor(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return append(problems, unknownQEMU(version)...), nil
+}
+
+// missingDisks tells of images that are not there.
+func missingDisks(dom *libvirtxml.Domain) []hooks.Problem {
+	var problems []hooks.Problem
+	if dom.Devices == nil {
+		return nil
+	}
+	for _, d := range dom.Devices.Disks {
+		if d.Source == nil || d.Source.File == nil || d.Target == nil {
+			continue
+		}
+		if _, err := os.Stat(d.Source.File.File); err != nil {
+			problems = append(problems, hooks.Problem{
+				Code: "disk-missing", Path: "disk " + d.Target.Dev, Reason: err.Error(), Remedy: "restore the image, or take the disk out of the domain",
+			})
+		}
+	}
+	return problems
+}
+
+// unknownQEMU tells of a QEMU whose event log is not understood.
+func unknownQEMU(version string) []hooks.Problem {
+	var major, minor int
+	if _, err := fmt.Sscanf(version, "%d.%d", &major, &minor); err != nil {
+		return []hooks.Problem{{Code: "qemu-version", Reason: fmt.Sprintf("version %q of QEMU: %v", version, err), Remedy: "install QEMU 9.1 to 10.x"}}
+	}
+	if _, err := rrlog.LayoutFor(major, minor); err != nil {
+		return []hooks.Problem{{Code: "qemu-version", Reason: err.Error(), Remedy: "install QEMU 9.1 to 10.x; Debian 12 has it in bookworm-backports"}}
+	}
+	return nil
 }
 
 // checkPeer asks the peer's agent what it runs.
