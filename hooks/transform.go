@@ -120,6 +120,13 @@ func timer(dom *libvirtxml.Domain, name string) *libvirtxml.DomainTimer {
 	return nil
 }
 
+// announceKey is the feature by which a virtio card asks its guest to announce
+// itself after a migration. A backup must not: it would differ from the primary.
+// Told so by announce-rounds=0, QEMU frees the card's timer for it, and crashes
+// when the guest resets the card (virtio_net_post_load_device, virtio_net_reset;
+// seen in 10.0.2). QEMU itself announces the backup that went live.
+const announceKey = "guest_announce"
+
 // blkreplay is the block node that records the order of a disk's completions.
 type blkreplay struct {
 	Driver   string `json:"driver"`
@@ -141,10 +148,16 @@ func addArguments(dom *libvirtxml.Domain, o Options, backup bool) error {
 		"-icount", fmt.Sprintf("shift=%d,%s", o.ICountShift, recordOption),
 		"-plugin", pluginArg,
 	}
+	var overrides []libvirtxml.DomainQEMUOverrideDevice
 	for i, alias := range netAliases(dom.Devices.Interfaces) {
 		args = append(args, "-object", fmt.Sprintf("filter-replay,id=%s%d,netdev=host%s", netFilter, i, alias))
+		overrides = append(overrides, libvirtxml.DomainQEMUOverrideDevice{
+			Alias: alias,
+			Frontend: libvirtxml.DomainQEMUOverrideFrontend{Properties: []libvirtxml.DomainQEMUOverrideProperty{
+				{Name: announceKey, Type: "bool", Value: "false"},
+			}},
+		})
 	}
-	var overrides []libvirtxml.DomainQEMUOverrideDevice
 	for _, n := range DiskNodes(dom) {
 		node, err := json.Marshal(blkreplay{Driver: "blkreplay", NodeName: n.Replay, Image: n.Node, ReadOnly: n.ReadOnly})
 		if err != nil {
@@ -204,7 +217,7 @@ func removeArguments(dom *libvirtxml.Domain) bool {
 		for i := range o.Devices {
 			f := &o.Devices[i].Frontend
 			f.Properties = slices.DeleteFunc(f.Properties, func(p libvirtxml.DomainQEMUOverrideProperty) bool {
-				return p.Name == driveKey && strings.HasPrefix(p.Value, replayNode)
+				return p.Name == driveKey && strings.HasPrefix(p.Value, replayNode) || p.Name == announceKey && p.Value == "false"
 			})
 		}
 		o.Devices = slices.DeleteFunc(o.Devices, func(d libvirtxml.DomainQEMUOverrideDevice) bool {

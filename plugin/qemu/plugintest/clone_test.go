@@ -47,6 +47,7 @@ type machine struct {
 	dir    string
 	cmd    *exec.Cmd
 	done   chan struct{}
+	err    error // of QEMU, once done
 	qmp    net.Conn
 	mu     sync.Mutex
 	r      *bufio.Reader
@@ -227,7 +228,7 @@ func (b *bed) start(ctx context.Context, name, role string, extra ...string) (*m
 		"-device", "pcie-root-port,id=p1,chassis=1,addr=1", "-device", "pcie-root-port,id=p2,chassis=2,addr=2",
 		"-device", "virtio-blk-pci,id=virtio-disk0,drive=ftvirt-rr-0,ioeventfd=off,event_idx=off,bus=p1",
 		"-netdev", "user,id=hostnet0" + fwd,
-		"-device", "virtio-net-pci,id=net0,netdev=hostnet0,mac=52:54:00:12:34:56,ioeventfd=off,event_idx=off,bus=p2",
+		"-device", "virtio-net-pci,id=net0,netdev=hostnet0,mac=52:54:00:12:34:56,ioeventfd=off,event_idx=off,guest_announce=off,bus=p2",
 		"-object", "filter-replay,id=ftvirt-nf-0,netdev=hostnet0",
 		"-qmp", "unix:" + dir + "/qmp.sock,server=on,wait=off",
 	}
@@ -245,7 +246,7 @@ func (b *bed) start(ctx context.Context, name, role string, extra ...string) (*m
 		return nil, err
 	}
 	go func() {
-		_ = m.cmd.Wait()
+		m.err = m.cmd.Wait()
 		_ = stderr.Close()
 		close(m.done)
 	}()
