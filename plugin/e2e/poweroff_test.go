@@ -29,6 +29,7 @@ func TestDeliberateEnd(t *testing.T) {
 	must(t, err)
 	_, err = b.WaitState(t.Context(), hostb, vm.Name, "live", 15*time.Second)
 	must(t, err)
+	must(t, b.WaitGone(t.Context(), hosta, vm.Name))
 	refused(t, vm, hosta)
 
 	// The guest powers itself off on its new host, protected by the old one,
