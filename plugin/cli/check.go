@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/url"
 	"slices"
 
 	"github.com/urfave/cli/v2"
@@ -39,12 +38,8 @@ func checkCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			path := domainPath("/v1/check/", c.Args().First())
-			if peer := c.String("peer"); peer != "" {
-				path += "?peer=" + url.QueryEscape(peer)
-			}
-			problems := []hooks.Problem{}
-			if err := agt.get(c.Context, path, &problems); err != nil {
+			problems, err := agt.Check(c.Context, c.Args().First(), c.String("peer"))
+			if err != nil {
 				return err
 			}
 			problems = slices.DeleteFunc(problems, func(p hooks.Problem) bool {

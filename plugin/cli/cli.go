@@ -9,6 +9,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"ftvirt.org/ftvirt/plugin/agent/client"
 	"ftvirt.org/ftvirt/plugin/config"
 	"ftvirt.org/ftvirt/plugin/lab/labcli"
 )
@@ -118,6 +119,19 @@ func configFlag() cli.Flag {
 
 func socketFlag() cli.Flag {
 	return &cli.StringFlag{Name: "socket", Usage: "the agent's admin `SOCKET`; the default is from the configuration"}
+}
+
+// connect makes the client for a command; it does not dial yet.
+func connect(c *cli.Context) (*client.Client, error) {
+	socket := c.String("socket")
+	if socket == "" {
+		cfg, err := load(c, true)
+		if err != nil {
+			return nil, err
+		}
+		socket = cfg.Agent.AdminSocket
+	}
+	return client.New(socket), nil
 }
 
 // load reads the configuration; a command that can do without one takes the

@@ -22,6 +22,7 @@ import (
 	"ftvirt.org/ftvirt/hooks"
 	"ftvirt.org/ftvirt/plugin"
 	"ftvirt.org/ftvirt/plugin/agent"
+	"ftvirt.org/ftvirt/plugin/agent/client"
 )
 
 var update = flag.Bool("update", false, "write the golden files")
@@ -139,23 +140,23 @@ func socketPath(t *testing.T) string {
 
 var webID = plugin.UUID{0x6d, 0x1f, 0x0a, 0x0e, 0x2a, 0x6c, 0x4b, 0x0e, 0x8f, 0x55, 0x1f, 0x6a, 0xd1, 0xa3, 0xc0, 0x01}
 
-func protected() status {
-	return status{
+func protected() client.Status {
+	return client.Status{
 		Domain: "web", UUID: webID, Host: "hosta", Role: plugin.RolePrimary, State: "protected", Reason: "none", Epoch: 3, Peer: "hostb",
 		Mode: "record", Position: 1048576, Acked: 1048000, Lag: 12.4, LogRate: 8300, OutputDelay: 4.25, OutputDelayMax: 17.9,
 		OutputQueue: 2, Instructions: 98765432101, ClonePause: 87.125,
 	}
 }
 
-func live() status {
-	return status{
+func live() client.Status {
+	return client.Status{
 		Domain: "database", Host: "hosta", Role: plugin.RolePrimary, State: "live", Reason: "backup-lost", Epoch: 12, Peer: "hostc",
 		Mode: "idle", Failure: "migrate: connection\nlost",
 	}
 }
 
-func cloning() status {
-	return status{
+func cloning() client.Status {
+	return client.Status{
 		Domain: "mail", Host: "hosta", Role: plugin.RoleBackup, State: "cloning", Reason: "initialising", Epoch: 1, Peer: "hostb",
 		Mode: "replay", ClonePhase: "memory", CloneTransferred: 300, CloneRemaining: 100, LogRate: 3 << 20,
 	}
@@ -164,7 +165,7 @@ func cloning() status {
 func TestStatus(t *testing.T) {
 	t.Parallel()
 	f := serve(t, map[string]any{
-		"GET /v1/status":          []status{cloning(), live(), protected()},
+		"GET /v1/status":          []client.Status{cloning(), live(), protected()},
 		"GET /v1/status/web":      protected(),
 		"GET /v1/status/mail":     cloning(),
 		"GET /v1/status/a%20%2Fb": live(),
@@ -198,7 +199,7 @@ func TestStatus(t *testing.T) {
 
 func TestStatusOfNothing(t *testing.T) {
 	t.Parallel()
-	f := serve(t, map[string]any{"GET /v1/status": []status{}})
+	f := serve(t, map[string]any{"GET /v1/status": []client.Status{}})
 	if r := run(t, "", "status", "--socket", f.socket); r.code != exitOK || strings.Count(r.out, "\n") != 1 {
 		t.Errorf("table: %+v", r)
 	}
@@ -374,7 +375,7 @@ func TestErrors(t *testing.T) {
 
 func TestWithoutRoot(t *testing.T) {
 	t.Parallel()
-	err := &agentError{"/run/ftvirt/agent.sock", &net.OpError{Op: "dial", Net: "unix", Err: os.NewSyscallError("connect", os.ErrPermission)}}
+	err := &client.NoAnswerError{Socket: "/run/ftvirt/agent.sock", Err: &net.OpError{Op: "dial", Net: "unix", Err: os.NewSyscallError("connect", os.ErrPermission)}}
 	if exitCode(err) != exitAgent || !strings.Contains(err.Error(), "run this as root") || !strings.Contains(err.Error(), "/run/ftvirt/agent.sock") {
 		t.Error(err)
 	}
@@ -401,7 +402,7 @@ func TestStatusHasAllThatTheAgentSends(t *testing.T) {
 		return all
 	}
 	theirs := keys(agent.Status{Peer: "x", ClonePhase: "x", CloneTransferred: 1, CloneRemaining: 1, Failure: "x"})
-	ours := keys(status{Peer: "x", ClonePhase: "x", CloneTransferred: 1, CloneRemaining: 1, Failure: "x"})
+	ours := keys(client.Status{Peer: "x", ClonePhase: "x", CloneTransferred: 1, CloneRemaining: 1, Failure: "x"})
 	if !slices.Equal(theirs, ours) {
 		t.Errorf("the agent sends %v, shown are %v", theirs, ours)
 	}

@@ -6,8 +6,6 @@ import (
 	"fmt"
 
 	"github.com/urfave/cli/v2"
-
-	"ftvirt.org/ftvirt/plugin/agent"
 )
 
 func disableCommand() *cli.Command {
@@ -26,15 +24,15 @@ func disableCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			var dom agent.DomainInfo
-			if err := agt.get(c.Context, domainPath("/v1/domains/", c.Args().First()), &dom); err != nil {
+			dom, err := agt.Domain(c.Context, c.Args().First())
+			if err != nil {
 				return err
 			}
-			path, done := "/v1/disable", "is no longer protected"
+			disable, done := agt.Disable, "is no longer protected"
 			if !dom.Running {
-				path, done = "/v1/restore", "has its ordinary definition back"
+				disable, done = agt.Restore, "has its ordinary definition back"
 			}
-			if err := agt.post(c.Context, path, agent.EnableRequest{Domain: dom.UUID.String()}); err != nil {
+			if err := disable(c.Context, dom.UUID.String()); err != nil {
 				return err
 			}
 			_, err = fmt.Fprintf(c.App.Writer, "domain %s %s\n", dom.Domain, done)

@@ -12,7 +12,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"ftvirt.org/ftvirt/plugin/agent"
+	"ftvirt.org/ftvirt/plugin/agent/client"
 )
 
 // pollInterval is between two looks at a clone.
@@ -55,21 +55,21 @@ func enable(c *cli.Context) error {
 	}
 	ctx, stop := signal.NotifyContext(c.Context, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	var dom agent.DomainInfo
-	if err := agt.get(ctx, domainPath("/v1/domains/", name), &dom); err != nil {
+	dom, err := agt.Domain(ctx, name)
+	if err != nil {
 		return err
 	}
 	// The UUID, so that a domain renamed or defined anew meanwhile is not
 	// taken for this one.
-	request := agent.EnableRequest{Domain: dom.UUID.String(), Peer: peer}
+	id := dom.UUID.String()
 	if !dom.Running {
-		return prepare(ctx, c, agt, dom.Domain, request)
+		return prepare(ctx, c, agt, dom, peer)
 	}
-	var before status
-	if err := agt.get(ctx, domainPath("/v1/status/", request.Domain), &before); err != nil {
+	before, err := agt.StatusOf(ctx, id)
+	if err != nil {
 		return err
 	}
-	if err := agt.post(ctx, "/v1/enable", request); err != nil {
+	if err := agt.Enable(ctx, id, peer); err != nil {
 		return err
 	}
 	if !c.Bool("wait") {
@@ -80,9 +80,8 @@ func enable(c *cli.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, c.Duration("timeout"))
 	defer cancel()
 	bar := newProgress(c.App.ErrWriter)
-	s, err := waitProtected(ctx, before, bar.show, func(ctx context.Context) (s status, err error) {
-		err = agt.get(ctx, domainPath("/v1/status/", request.Domain), &s)
-		return s, err
+	s, err := waitProtected(ctx, before, bar.show, func(ctx context.Context) (client.Status, error) {
+		return agt.StatusOf(ctx, id)
 	})
 	bar.done()
 	switch {
@@ -92,28 +91,30 @@ func enable(c *cli.Context) error {
 		return err
 	case errors.Is(err, context.DeadlineExceeded):
 		return fmt.Errorf("domain %s is %w after %s: it is %s; the clone goes on, see 'ftvirt status %s'",
-			dom.Domain, errNotProtected, c.Duration("timeout"), s.state(), dom.Domain)
+			dom.Domain, errNotProtected, c.Duration("timeout"), stateOf(s), dom.Domain)
 	case errors.Is(err, context.Canceled):
-		return fmt.Errorf("interrupted while domain %s is %s; the clone goes on, end it with 'ftvirt disable %s'", dom.Domain, s.state(), dom.Domain)
+		return fmt.Errorf("interrupted while domain %s is %s; the clone goes on, end it with 'ftvirt disable %s'", dom.Domain, stateOf(s), dom.Domain)
 	}
 	return err
 }
 
-func prepare(ctx context.Context, c *cli.Context, agt *client, name string, request agent.EnableRequest) error {
+func prepare(ctx context.Context, c *cli.Context, agt *client.Client, dom client.DomainInfo, peer string) error {
 	if c.Bool("wait") {
-		return fmt.Errorf("domain %s is not running, so there is nothing to wait for: leave --wait out to make its definition ready", name)
+		return fmt.Errorf("domain %s is not running, so there is nothing to wait for: leave --wait out to make its definition ready", dom.Domain)
 	}
-	if err := agt.post(ctx, "/v1/prepare", request); err != nil {
+	if err := agt.Prepare(ctx, dom.UUID.String(), peer); err != nil {
 		return err
 	}
 	_, err := fmt.Fprintf(c.App.Writer, "domain %s is not running; its definition is ready for protection now.\n"+
-		"Protection begins with 'ftvirt enable %s --peer %s' after its start.\n", name, name, request.Peer)
+		"Protection begins with 'ftvirt enable %s --peer %s' after its start.\n", dom.Domain, dom.Domain, peer)
 	return err
 }
 
 // waitProtected polls until the pair is complete, and fails with the reason
 // once it is clear that it will not be. It returns the last status seen.
-func waitProtected(ctx context.Context, before status, show func(status), ask func(context.Context) (status, error)) (status, error) {
+func waitProtected(ctx context.Context, before client.Status, show func(client.Status),
+	ask func(context.Context) (client.Status, error),
+) (client.Status, error) {
 	ticker := time.NewTicker(pollInterval)
 	defer ticker.Stop()
 	last, begun := before, false
@@ -138,7 +139,7 @@ func waitProtected(ctx context.Context, before status, show func(status), ask fu
 		default:
 			why := s.Failure
 			if why == "" {
-				why = "it is " + s.state()
+				why = "it is " + stateOf(s)
 			}
 			return s, fmt.Errorf("domain %s is %w: %s", s.Domain, errNotProtected, why)
 		}

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"ftvirt.org/ftvirt/plugin/agent"
+	"ftvirt.org/ftvirt/plugin/agent/client"
 )
 
 const (
@@ -35,7 +36,7 @@ func TestEnableAndDisable(t *testing.T) {
 	} {
 		f := serve(t, map[string]any{
 			"GET /v1/domains/web": agent.DomainInfo{Domain: "web", UUID: webID, Running: tc.running},
-			statusPath:            status{Domain: "web", UUID: webID, State: "unprotected", Reason: "not-enabled"},
+			statusPath:            client.Status{Domain: "web", UUID: webID, State: "unprotected", Reason: "not-enabled"},
 			"POST /v1/enable":     struct{}{}, "POST /v1/disable": struct{}{}, "POST /v1/prepare": struct{}{}, "POST /v1/restore": struct{}{},
 		})
 		r := run(t, "", append(strings.Fields(tc.args), "--socket", f.socket)...)
@@ -56,7 +57,7 @@ func TestEnableAndDisable(t *testing.T) {
 
 func TestWaitProtected(t *testing.T) {
 	t.Parallel()
-	at := func(state, reason string, epoch int) status {
+	at := func(state, reason string, epoch int) client.Status {
 		s := protected()
 		s.State, s.Reason, s.Epoch = state, reason, 2
 		if epoch > 0 {
@@ -69,7 +70,7 @@ func TestWaitProtected(t *testing.T) {
 	failed.Failure = "host hostb has no room"
 	gone := errors.New("gone")
 	for name, tc := range map[string]struct {
-		before status
+		before client.Status
 		seen   []any // a status each, or an error
 		shown  int
 		err    error
@@ -91,13 +92,13 @@ func TestWaitProtected(t *testing.T) {
 				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 				defer cancel()
 				asked, shown := 0, 0
-				_, err := waitProtected(ctx, tc.before, func(status) { shown++ }, func(context.Context) (status, error) {
+				_, err := waitProtected(ctx, tc.before, func(client.Status) { shown++ }, func(context.Context) (client.Status, error) {
 					next := tc.seen[min(asked, len(tc.seen)-1)]
 					asked++
 					if err, ok := next.(error); ok {
-						return status{}, err
+						return client.Status{}, err
 					}
-					return next.(status), nil
+					return next.(client.Status), nil
 				})
 				if !errors.Is(err, tc.err) || err != nil && !strings.Contains(err.Error(), tc.says) {
 					t.Errorf("got %v, want %v", err, tc.err)
@@ -129,7 +130,7 @@ func TestProgress(t *testing.T) {
 	var plain, screen bytes.Buffer
 	lines, bar := newProgress(&plain), &progress{w: &screen, terminal: true}
 	for _, done := range []int64{0, 3, 31, 38, 100} {
-		s := status{Domain: "web", Peer: "hostb", ClonePhase: "memory", CloneTransferred: done, CloneRemaining: 100 - done}
+		s := client.Status{Domain: "web", Peer: "hostb", ClonePhase: "memory", CloneTransferred: done, CloneRemaining: 100 - done}
 		lines.show(s)
 		bar.show(s)
 	}
@@ -142,9 +143,9 @@ func TestProgress(t *testing.T) {
 	if s := screen.String(); strings.Count(s, "\n") != 1 || !strings.HasSuffix(s, "["+strings.Repeat("#", barWidth)+"] 100 % memory\n") {
 		t.Errorf("bar: %q", s)
 	}
-	for _, s := range []status{{}, {CloneTransferred: -1, CloneRemaining: 5}, {CloneTransferred: 1, CloneRemaining: -1}} {
-		if s.percent() != 0 {
-			t.Errorf("%+v is %d %%", s, s.percent())
+	for _, s := range []client.Status{{}, {CloneTransferred: -1, CloneRemaining: 5}, {CloneTransferred: 1, CloneRemaining: -1}} {
+		if percent(s) != 0 {
+			t.Errorf("%+v is %d %%", s, percent(s))
 		}
 	}
 }

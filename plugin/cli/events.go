@@ -4,16 +4,14 @@ package cli
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"net/http"
 	"os/signal"
 	"syscall"
 
 	"github.com/urfave/cli/v2"
 
-	"ftvirt.org/ftvirt/plugin/agent"
+	"ftvirt.org/ftvirt/plugin/agent/client"
 )
 
 // eventTime is RFC 3339 with milliseconds: failovers are measured in them.
@@ -46,37 +44,14 @@ func events(c *cli.Context) error {
 	}
 	ctx, stop := signal.NotifyContext(c.Context, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	path := "/v1/events"
-	if c.Bool("follow") {
-		path += "?follow=1"
-	}
-	body, err := agt.open(ctx, http.MethodGet, path, nil)
+	err = agt.Events(ctx, c.Bool("follow"), func(e client.Event) error { return writeEvent(c.App.Writer, format, e) })
 	if ctx.Err() != nil {
-		return nil
+		return nil // as much as was wanted
 	}
-	if err != nil {
-		return err
-	}
-	defer func() { _ = body.Close() }()
-	dec := json.NewDecoder(body)
-	for {
-		var e agent.Entry
-		err := dec.Decode(&e)
-		switch {
-		case ctx.Err() != nil, errors.Is(err, io.EOF) && !c.Bool("follow"):
-			return nil // all of it, or as much as was wanted
-		case errors.Is(err, io.EOF):
-			return &agentError{agt.socket, errors.New("it ended")}
-		case err != nil:
-			return &agentError{agt.socket, err}
-		}
-		if err := writeEvent(c.App.Writer, format, e); err != nil {
-			return err
-		}
-	}
+	return err
 }
 
-func writeEvent(w io.Writer, format string, e agent.Entry) error {
+func writeEvent(w io.Writer, format string, e client.Event) error {
 	if format == formatJSON {
 		return json.NewEncoder(w).Encode(e)
 	}

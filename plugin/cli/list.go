@@ -7,7 +7,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"ftvirt.org/ftvirt/plugin/agent"
+	"ftvirt.org/ftvirt/plugin/agent/client"
 )
 
 func listCommand() *cli.Command {
@@ -28,8 +28,8 @@ func listCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			list := []agent.DomainInfo{}
-			if err := agt.get(c.Context, "/v1/domains", &list); err != nil {
+			list, err := agt.Domains(c.Context)
+			if err != nil {
 				return err
 			}
 			return write(c.App.Writer, format, list, func(w io.Writer) error { return listTable(w, list) })
@@ -37,7 +37,7 @@ func listCommand() *cli.Command {
 	}
 }
 
-func listTable(w io.Writer, list []agent.DomainInfo) error {
+func listTable(w io.Writer, list []client.DomainInfo) error {
 	t := newTable(w, "DOMAIN", "RUNNING", "ROLE", "STATE", "PEER")
 	for _, d := range list {
 		running, peer := "no", d.Peer

@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"ftvirt.org/ftvirt/plugin/agent/client"
 )
 
 const barWidth = 30
@@ -35,23 +37,23 @@ func isTerminal(f *os.File) bool {
 	return err == nil
 }
 
-func (p *progress) show(s status) {
+func (p *progress) show(s client.Status) {
 	phase := s.ClonePhase
 	if phase == "" {
 		phase = "starting"
 	}
-	percent := s.percent()
+	done := percent(s)
 	if !p.terminal {
-		line := fmt.Sprintf("cloning %s to %s: %s %d %%\n", s.Domain, s.Peer, phase, percent/10*10)
+		line := fmt.Sprintf("cloning %s to %s: %s %d %%\n", s.Domain, s.Peer, phase, done/10*10)
 		if line != p.shown {
 			p.shown = line
 			_, _ = io.WriteString(p.w, line) // progress is not worth failing for
 		}
 		return
 	}
-	full := percent * barWidth / 100
+	full := done * barWidth / 100
 	line := fmt.Sprintf("cloning %s to %s: [%s%s] %3d %% %s", s.Domain, s.Peer,
-		strings.Repeat("#", full), strings.Repeat(".", barWidth-full), percent, phase)
+		strings.Repeat("#", full), strings.Repeat(".", barWidth-full), done, phase)
 	pad := max(0, p.width-len(line))
 	p.width = len(line)
 	_, _ = fmt.Fprintf(p.w, "\r%s%s", line, strings.Repeat(" ", pad))

@@ -13,6 +13,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"ftvirt.org/ftvirt/plugin/agent/client"
 	"ftvirt.org/ftvirt/plugin/lab/labcli"
 )
 
@@ -39,7 +40,7 @@ func Run(ctx context.Context, app *cli.App, args []string) int {
 
 func exitCode(err error) int {
 	var usage *usageError
-	var agent *agentError
+	var noAnswer *client.NoAnswerError
 	switch {
 	case err == nil:
 		return exitOK
@@ -47,7 +48,7 @@ func exitCode(err error) int {
 		return exitUsage
 	case errors.Is(err, errProblems):
 		return exitProblems
-	case errors.As(err, &agent):
+	case errors.As(err, &noAnswer):
 		return exitAgent
 	}
 	return exitFailure
@@ -58,13 +59,35 @@ func report(w io.Writer, err error) {
 	if err == nil || errors.Is(err, errProblems) {
 		return // the problems were the output
 	}
+	// What is joined of several errors has one on each line.
+	_, _ = fmt.Fprintf(w, "error: %s\n", strings.ReplaceAll(explain(err), "\n", "\n       "))
+}
+
+// explain adds to an error what who runs the command can do about it.
+func explain(err error) string {
 	text := err.Error()
-	var agent *agentError
-	if errors.Is(err, fs.ErrPermission) && !errors.As(err, &agent) && os.Geteuid() != 0 {
+	if e, ok := errors.AsType[*client.NoAnswerError](err); ok {
+		if e.NotRunning() {
+			text += ", or name its socket with --socket"
+		}
+		return text
+	}
+	if e, ok := errors.AsType[*client.Error](err); ok && len(e.Problems) > 0 {
+		// The text repeats the problems in one long line.
+		text, _, _ = strings.Cut(text, e.Problems[0].String())
+		text = strings.TrimSpace(text)
+		for _, p := range e.Problems {
+			text += "\n" + p.String()
+		}
+		return text
+	}
+	switch {
+	case errors.Is(err, client.ErrNoDomain):
+		text += "; see 'virsh list --all' for those that this host has"
+	case errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0:
 		text += "; run it as root"
 	}
-	// What is joined of several errors has one on each line.
-	_, _ = fmt.Fprintf(w, "error: %s\n", strings.ReplaceAll(text, "\n", "\n       "))
+	return text
 }
 
 func isNotExist(err error) bool { return errors.Is(err, fs.ErrNotExist) }

@@ -10,38 +10,11 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"ftvirt.org/ftvirt/plugin"
+	"ftvirt.org/ftvirt/plugin/agent/client"
 )
 
-// status is agent.Status as it comes over the socket. States and reasons are
-// plain text here, so that a newer agent's can be shown as well.
-type status struct {
-	Domain           string          `json:"domain"`
-	UUID             plugin.UUID     `json:"uuid"`
-	Host             string          `json:"host"`
-	Role             plugin.Role     `json:"role"`
-	State            string          `json:"state"`
-	Reason           string          `json:"reason"`
-	Epoch            plugin.Epoch    `json:"epoch"`
-	Peer             string          `json:"peer,omitempty"`
-	Mode             string          `json:"mode"`
-	Position         plugin.Position `json:"position"`
-	Acked            plugin.Position `json:"acked"`
-	Lag              float64         `json:"lag_ms"`
-	LogRate          float64         `json:"log_rate"`
-	OutputDelay      float64         `json:"output_delay_ms"`
-	OutputDelayMax   float64         `json:"output_delay_max_ms"`
-	OutputQueue      uint64          `json:"output_queue"`
-	OutputDropped    uint64          `json:"output_dropped"`
-	Instructions     uint64          `json:"instructions"`
-	ClonePhase       string          `json:"clone_phase,omitempty"`
-	CloneTransferred int64           `json:"clone_transferred,omitempty"`
-	CloneRemaining   int64           `json:"clone_remaining,omitempty"`
-	ClonePause       float64         `json:"clone_pause_ms"`
-	Failure          string          `json:"failure,omitempty"`
-}
-
-// state is the state with its reason, if there is one worth telling.
-func (s status) state() string { return withReason(s.State, s.Reason) }
+// stateOf is the state with its reason, if there is one worth telling.
+func stateOf(s client.Status) string { return withReason(s.State, s.Reason) }
 
 func withReason(state, reason string) string {
 	if reason == "" || reason == "none" {
@@ -50,8 +23,8 @@ func withReason(state, reason string) string {
 	return state + " (" + reason + ")"
 }
 
-// hosts tells which host plays which role now; "-" for none.
-func (s status) hosts() (primary, backup string) {
+// hostsOf tells which host plays which role now; "-" for none.
+func hostsOf(s client.Status) (primary, backup string) {
 	switch s.State {
 	case "cloning", "protected", "going-live":
 		if s.Role == plugin.RoleBackup {
@@ -68,7 +41,7 @@ func (s status) hosts() (primary, backup string) {
 }
 
 // percent is how much of a clone is done.
-func (s status) percent() int {
+func percent(s client.Status) int {
 	all := s.CloneTransferred + s.CloneRemaining
 	if all <= 0 || s.CloneTransferred < 0 || s.CloneRemaining < 0 {
 		return 0
@@ -95,14 +68,14 @@ func statusCommand() *cli.Command {
 				return err
 			}
 			if c.NArg() == 0 {
-				list := []status{}
-				if err := agt.get(c.Context, "/v1/status", &list); err != nil {
+				list, err := agt.Status(c.Context)
+				if err != nil {
 					return err
 				}
 				return write(c.App.Writer, format, list, func(w io.Writer) error { return statusTable(w, list) })
 			}
-			var s status
-			if err := agt.get(c.Context, domainPath("/v1/status/", c.Args().First()), &s); err != nil {
+			s, err := agt.StatusOf(c.Context, c.Args().First())
+			if err != nil {
 				return err
 			}
 			return write(c.App.Writer, format, s, func(w io.Writer) error { return statusOf(w, s) })
@@ -110,13 +83,13 @@ func statusCommand() *cli.Command {
 	}
 }
 
-func statusTable(w io.Writer, list []status) error {
+func statusTable(w io.Writer, list []client.Status) error {
 	t := newTable(w, "DOMAIN", "ROLE", "PRIMARY", "BACKUP", "STATE", "EPOCH", "LAG", "LOG RATE", "OUTPUT DELAY", "POSITION")
 	for _, s := range list {
-		primary, backup := s.hosts()
-		state := s.state()
+		primary, backup := hostsOf(s)
+		state := stateOf(s)
 		if s.State == "cloning" {
-			state = fmt.Sprintf("cloning %d %%", s.percent())
+			state = fmt.Sprintf("cloning %d %%", percent(s))
 		}
 		t.row(s.Domain, string(s.Role), primary, backup, state, strconv.FormatUint(uint64(s.Epoch), 10),
 			milliseconds(s.Lag), byteRate(s.LogRate), milliseconds(s.OutputDelay), strconv.FormatUint(uint64(s.Position), 10))
@@ -124,8 +97,8 @@ func statusTable(w io.Writer, list []status) error {
 	return t.flush()
 }
 
-func statusOf(w io.Writer, s status) error {
-	primary, backup := s.hosts()
+func statusOf(w io.Writer, s client.Status) error {
+	primary, backup := hostsOf(s)
 	f := newFields(w)
 	f.add("Domain", s.Domain)
 	f.add("UUID", s.UUID.String())
@@ -133,12 +106,12 @@ func statusOf(w io.Writer, s status) error {
 	f.add("Role", string(s.Role))
 	f.add("Primary", primary)
 	f.add("Backup", backup)
-	f.add("State", s.state())
+	f.add("State", stateOf(s))
 	if s.Failure != "" {
 		f.add("Failure", s.Failure)
 	}
 	if s.State == "cloning" {
-		f.add("Clone", fmt.Sprintf("%s, %d %%", s.ClonePhase, s.percent()))
+		f.add("Clone", fmt.Sprintf("%s, %d %%", s.ClonePhase, percent(s)))
 	}
 	f.add("Epoch", strconv.FormatUint(uint64(s.Epoch), 10))
 	f.add("Plugin mode", s.Mode)

@@ -11,7 +11,6 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"ftvirt.org/ftvirt/hooks"
-	"ftvirt.org/ftvirt/plugin/agent"
 )
 
 // maxXML is libvirt's own limit.
@@ -54,8 +53,8 @@ func printXML(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		var x agent.DomainXML
-		if err := agt.get(c.Context, domainPath("/v1/xml/", name), &x); err != nil {
+		x, err := agt.XML(c.Context, name)
+		if err != nil {
 			return err
 		}
 		name, text = x.Domain, x.XML

@@ -11,26 +11,38 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/url"
+	"syscall"
 	"time"
 
 	"ftvirt.org/ftvirt/hooks"
 	"ftvirt.org/ftvirt/plugin"
 )
 
+const (
+	// requestTimeout is longer than the agent's own limit, so that its reason
+	// is told rather than ours.
+	requestTimeout = 40 * time.Second
+	// maxReply bounds an answer; libvirt's own limit for XML is 16 MiB.
+	maxReply = 64 << 20
+)
+
 // Errors that callers tell apart.
 var (
-	// ErrNoAgent: nothing answers at the admin socket.
-	ErrNoAgent = errors.New("the agent cannot be reached; is 'ftvirt agent' running on this host?")
+	// ErrNoAgent is wrapped by a *NoAnswerError, unless it was only the caller
+	// who did not wait.
+	ErrNoAgent = errors.New("the agent does not answer")
 	// ErrNoDomain is wrapped by an *Error about a domain that the host lacks.
 	ErrNoDomain = errors.New("no such domain")
 )
 
 // Status is what a host tells of one domain. Durations are in milliseconds,
 // positions in bytes of the epoch's log, rates in bytes per second. See the
-// agent's Status for what each field means.
+// agent's Status for what each field means. States and reasons are plain text
+// here, so that a newer agent's can be shown as well.
 type Status struct {
 	Domain string       `json:"domain" yaml:"domain"`
 	UUID   plugin.UUID  `json:"uuid" yaml:"uuid"`
@@ -82,10 +94,35 @@ type Event struct {
 	Reason string       `json:"reason,omitempty" yaml:"reason,omitempty"`
 }
 
+// DomainInfo is what a host knows of any of libvirt's domains, protected or
+// not. See the agent's DomainInfo for what each field means.
+type DomainInfo struct {
+	Domain  string      `json:"domain"`
+	UUID    plugin.UUID `json:"uuid"`
+	Host    string      `json:"host"`
+	Running bool        `json:"running"`
+	Role    plugin.Role `json:"role"`
+	State   string      `json:"state"`
+	Reason  string      `json:"reason"`
+	Peer    string      `json:"peer,omitempty"`
+	Wanted  string      `json:"wanted,omitempty"`
+}
+
+// DomainXML is a domain's definition, and what the host's hooks.Options for it
+// are.
+type DomainXML struct {
+	Domain       string `json:"domain"`
+	XML          string `json:"xml"`
+	PluginFile   string `json:"plugin_file"`
+	PluginSocket string `json:"plugin_socket"`
+	ICountShift  int    `json:"icount_shift"`
+}
+
 // Error is the agent's refusal, in its words.
 type Error struct {
 	Message string
-	// Problems are those of a domain that cannot be protected.
+	// Problems are those of a domain that cannot be protected. The message
+	// has them too, in one long line.
 	Problems []hooks.Problem
 	missing  bool
 }
@@ -94,6 +131,38 @@ func (e *Error) Error() string { return e.Message }
 
 // Is makes errors.Is find ErrNoDomain.
 func (e *Error) Is(target error) bool { return target == ErrNoDomain && e.missing }
+
+// NoAnswerError: no answer came through the socket, or none that an agent
+// gives.
+type NoAnswerError struct {
+	Socket string
+	Err    error
+}
+
+func (e *NoAnswerError) Error() string {
+	switch {
+	case errors.Is(e.Err, fs.ErrPermission):
+		return fmt.Sprintf("the agent's socket %s belongs to root: permission denied; run this as root", e.Socket)
+	case errors.Is(e.Err, fs.ErrNotExist):
+		return fmt.Sprintf("the agent does not run: there is no socket %s; start 'ftvirt agent'", e.Socket)
+	case errors.Is(e.Err, syscall.ECONNREFUSED):
+		return fmt.Sprintf("the agent does not run: nobody listens on %s; start 'ftvirt agent'", e.Socket)
+	}
+	return fmt.Sprintf("the agent at %s does not answer: %v; is 'ftvirt agent' running?", e.Socket, e.Err)
+}
+
+func (e *NoAnswerError) Unwrap() error { return e.Err }
+
+// Is makes errors.Is find ErrNoAgent. Who did not wait for the answer does not
+// know whether there is an agent.
+func (e *NoAnswerError) Is(target error) bool {
+	return target == ErrNoAgent && !errors.Is(e.Err, context.Canceled) && !errors.Is(e.Err, context.DeadlineExceeded)
+}
+
+// NotRunning tells whether no agent has the socket at all.
+func (e *NoAnswerError) NotRunning() bool {
+	return errors.Is(e.Err, fs.ErrNotExist) || errors.Is(e.Err, syscall.ECONNREFUSED)
+}
 
 // Client asks one agent. It may be used by several goroutines.
 type Client struct {
@@ -114,14 +183,27 @@ func New(socket string) *Client {
 
 // Status tells about all domains of the host that have to do with ftvirt.
 func (c *Client) Status(ctx context.Context) ([]Status, error) {
-	var list []Status
-	return list, c.call(ctx, http.MethodGet, "/v1/status", nil, &list)
+	return get[[]Status](ctx, c, "/v1/status")
 }
 
 // StatusOf tells about one domain, by name or UUID.
 func (c *Client) StatusOf(ctx context.Context, domain string) (Status, error) {
-	var s Status
-	return s, c.call(ctx, http.MethodGet, "/v1/status/"+url.PathEscape(domain), nil, &s)
+	return get[Status](ctx, c, "/v1/status/"+url.PathEscape(domain))
+}
+
+// Domains lists all domains that libvirt has on the host, by name.
+func (c *Client) Domains(ctx context.Context) ([]DomainInfo, error) {
+	return get[[]DomainInfo](ctx, c, "/v1/domains")
+}
+
+// Domain tells what libvirt has of one domain, by name or UUID.
+func (c *Client) Domain(ctx context.Context, domain string) (DomainInfo, error) {
+	return get[DomainInfo](ctx, c, "/v1/domains/"+url.PathEscape(domain))
+}
+
+// XML gives the definition of a domain and how the host would transform it.
+func (c *Client) XML(ctx context.Context, domain string) (DomainXML, error) {
+	return get[DomainXML](ctx, c, "/v1/xml/"+url.PathEscape(domain))
 }
 
 // Check tells what keeps a domain from being protected by peer; an empty peer
@@ -131,8 +213,7 @@ func (c *Client) Check(ctx context.Context, domain, peer string) ([]hooks.Proble
 	if peer != "" {
 		path += "?peer=" + url.QueryEscape(peer)
 	}
-	var problems []hooks.Problem
-	return problems, c.call(ctx, http.MethodGet, path, nil, &problems)
+	return get[[]hooks.Problem](ctx, c, path)
 }
 
 type enableRequest struct {
@@ -143,38 +224,49 @@ type enableRequest struct {
 // Prepare makes the definition of a domain that is not running ready for a
 // backup on peer.
 func (c *Client) Prepare(ctx context.Context, domain, peer string) error {
-	return c.call(ctx, http.MethodPost, "/v1/prepare", enableRequest{domain, peer}, nil)
+	return c.post(ctx, "/v1/prepare", enableRequest{domain, peer})
+}
+
+// Restore gives a domain that is not running the definition back that it had
+// before Prepare.
+func (c *Client) Restore(ctx context.Context, domain string) error {
+	return c.post(ctx, "/v1/restore", enableRequest{Domain: domain})
 }
 
 // Enable protects a running domain with a backup on peer. It returns when the
 // clone has begun; Status tells how it goes on.
 func (c *Client) Enable(ctx context.Context, domain, peer string) error {
-	return c.call(ctx, http.MethodPost, "/v1/enable", enableRequest{domain, peer}, nil)
+	return c.post(ctx, "/v1/enable", enableRequest{domain, peer})
 }
 
 // Disable takes protection away; the domain runs on.
 func (c *Client) Disable(ctx context.Context, domain string) error {
-	return c.call(ctx, http.MethodPost, "/v1/disable", enableRequest{Domain: domain}, nil)
+	return c.post(ctx, "/v1/disable", enableRequest{Domain: domain})
 }
 
 // Events calls f with the events that the agent keeps, oldest first, and with
-// those to come if follow is set, until ctx ends or f fails.
+// those to come if follow is set, until ctx ends or f fails. An agent that ends
+// while it is followed is a *NoAnswerError.
 func (c *Client) Events(ctx context.Context, follow bool, f func(Event) error) error {
 	path := "/v1/events"
 	if follow {
 		path += "?follow=1"
 	}
-	r, err := c.do(ctx, http.MethodGet, path, nil)
+	body, err := c.do(ctx, http.MethodGet, path, nil)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = r.Body.Close() }()
-	for dec := json.NewDecoder(r.Body); ; {
+	defer func() { _ = body.Close() }()
+	for dec := json.NewDecoder(body); ; {
 		var e Event
-		if err := dec.Decode(&e); errors.Is(err, io.EOF) {
+		err := dec.Decode(&e)
+		switch {
+		case errors.Is(err, io.EOF) && !follow:
 			return nil
-		} else if err != nil {
-			return c.wrap(ctx, err)
+		case errors.Is(err, io.EOF):
+			return c.noAnswer(ctx, errors.New("it ended"))
+		case err != nil || ctx.Err() != nil:
+			return c.noAnswer(ctx, err)
 		}
 		if err := f(e); err != nil {
 			return err
@@ -182,64 +274,68 @@ func (c *Client) Events(ctx context.Context, follow bool, f func(Event) error) e
 	}
 }
 
-func (c *Client) call(ctx context.Context, method, path string, in, out any) error {
-	r, err := c.do(ctx, method, path, in)
+func get[T any](ctx context.Context, c *Client, path string) (T, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	var out T
+	body, err := c.do(ctx, http.MethodGet, path, nil)
+	if err != nil {
+		return out, err
+	}
+	defer func() { _ = body.Close() }()
+	if err := json.NewDecoder(io.LimitReader(body, maxReply)).Decode(&out); err != nil {
+		return out, c.noAnswer(ctx, fmt.Errorf("its answer to %s: %w", path, err))
+	}
+	return out, nil
+}
+
+func (c *Client) post(ctx context.Context, path string, in enableRequest) error {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	text, err := json.Marshal(in)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = r.Body.Close() }()
-	if out == nil {
-		return nil
+	body, err := c.do(ctx, http.MethodPost, path, text)
+	if err != nil {
+		return err
 	}
-	if err := json.NewDecoder(r.Body).Decode(out); err != nil {
-		return c.wrap(ctx, err)
-	}
-	return nil
+	return body.Close()
 }
 
-// do sends a request. The answer is one of success, or turned into an error.
-func (c *Client) do(ctx context.Context, method, path string, in any) (*http.Response, error) {
-	var body io.Reader
-	if in != nil {
-		text, err := json.Marshal(in)
-		if err != nil {
-			return nil, err
-		}
-		body = bytes.NewReader(text)
-	}
-	req, err := http.NewRequestWithContext(ctx, method, "http://agent"+path, body)
+// do sends a request and gives the body of the answer. An answer that is not
+// one of success is turned into an error.
+func (c *Client) do(ctx context.Context, method, path string, body []byte) (io.ReadCloser, error) {
+	req, err := http.NewRequestWithContext(ctx, method, "http://agent"+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
 	r, err := c.http.Do(req)
 	if err != nil {
-		return nil, c.wrap(ctx, err)
+		if ue, ok := errors.AsType[*url.Error](err); ok {
+			err = ue.Err // without the made-up URL
+		}
+		return nil, c.noAnswer(ctx, err)
 	}
 	if r.StatusCode == http.StatusOK {
-		return r, nil
+		return r.Body, nil
 	}
 	defer func() { _ = r.Body.Close() }()
-	text, err := io.ReadAll(io.LimitReader(r.Body, maxError))
-	if err != nil {
-		return nil, c.wrap(ctx, err)
-	}
 	var answer struct {
 		Error    string          `json:"error"`
 		Problems []hooks.Problem `json:"problems"`
 	}
-	// An older agent answers an unknown path with plain text.
-	if json.Unmarshal(text, &answer) != nil || answer.Error == "" {
-		return nil, &Error{Message: fmt.Sprintf("the agent answered %s to %s %s: %s", r.Status, method, path, bytes.TrimSpace(text))}
+	// Who answers with something else is not the agent.
+	if err := json.NewDecoder(io.LimitReader(r.Body, maxReply)).Decode(&answer); err != nil || answer.Error == "" {
+		return nil, c.noAnswer(ctx, fmt.Errorf("it answered %s %q", path, r.Status))
 	}
 	return nil, &Error{Message: answer.Error, Problems: answer.Problems, missing: r.StatusCode == http.StatusNotFound}
 }
 
-// maxError bounds what is read of an answer that tells an error.
-const maxError = 1 << 20
-
-func (c *Client) wrap(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return fmt.Errorf("agent at %s: %w", c.socket, ctx.Err())
+// noAnswer says why there is none; the end of ctx is a reason before others.
+func (c *Client) noAnswer(ctx context.Context, err error) error {
+	if end := ctx.Err(); end != nil && !errors.Is(err, end) {
+		err = end
 	}
-	return fmt.Errorf("%w (%s: %w)", ErrNoAgent, c.socket, err)
+	return &NoAnswerError{c.socket, err}
 }

@@ -5,10 +5,13 @@ package client_test
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"reflect"
+	"strings"
 	"testing"
 	"time"
 
@@ -39,7 +42,12 @@ func answer(code int, text string) http.Handler {
 
 // TestSameFields makes sure that nothing of what the agent tells is lost.
 func TestSameFields(t *testing.T) {
-	for _, pair := range [][2]any{{agent.Status{}, client.Status{}}, {agent.Entry{}, client.Event{}}} {
+	for _, pair := range [][2]any{
+		{agent.Status{}, client.Status{}},
+		{agent.Entry{}, client.Event{}},
+		{agent.DomainInfo{}, client.DomainInfo{}},
+		{agent.DomainXML{}, client.DomainXML{}},
+	} {
 		theirs, ours := tags(pair[0]), tags(pair[1])
 		if !reflect.DeepEqual(theirs, ours) {
 			t.Errorf("%T has %v\n%T has %v", pair[0], theirs, pair[1], ours)
@@ -79,9 +87,67 @@ func TestErrors(t *testing.T) {
 	if err := c.Disable(t.Context(), "x"); err == nil || errors.Is(err, client.ErrNoDomain) {
 		t.Errorf("got %v", err)
 	}
-	c = client.New(filepath.Join(t.TempDir(), "none"))
-	if _, err := c.Status(t.Context()); !errors.Is(err, client.ErrNoAgent) {
-		t.Errorf("got %v, want ErrNoAgent", err)
+	c = serve(t, answer(http.StatusOK, `{"domain":`))
+	if _, err := c.Domain(t.Context(), "g"); !errors.Is(err, client.ErrNoAgent) || !strings.Contains(err.Error(), "/v1/domains/g") {
+		t.Errorf("an answer cut short: %v", err)
+	}
+}
+
+func TestNoAnswer(t *testing.T) {
+	dir := t.TempDir()
+	dead := filepath.Join(dir, "dead")
+	l, err := net.Listen("unix", dead)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	_ = l.Close()
+	for socket, says := range map[string]string{filepath.Join(dir, "none"): "no socket", dead: "nobody listens"} {
+		_, err := client.New(socket).Status(t.Context())
+		var noAnswer *client.NoAnswerError
+		if !errors.As(err, &noAnswer) || !noAnswer.NotRunning() || !errors.Is(err, client.ErrNoAgent) ||
+			!strings.Contains(err.Error(), says) || !strings.Contains(err.Error(), socket) {
+			t.Errorf("%s: %v", socket, err)
+		}
+	}
+	denied := &client.NoAnswerError{Socket: dead, Err: os.NewSyscallError("connect", os.ErrPermission)}
+	if denied.NotRunning() || !errors.Is(denied, client.ErrNoAgent) || !strings.Contains(denied.Error(), "root") {
+		t.Error(denied)
+	}
+	// Who does not wait knows nothing of the agent.
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := client.New(dead).Status(ctx); !errors.Is(err, context.Canceled) || errors.Is(err, client.ErrNoAgent) {
+		t.Errorf("given up: %v", err)
+	}
+}
+
+// TestRequests makes sure that each call asks for what its name says.
+func TestRequests(t *testing.T) {
+	var asked string
+	c := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		asked = strings.TrimSpace(r.Method + " " + r.URL.String() + " " + string(body))
+		_, _ = w.Write([]byte("null"))
+	}))
+	ctx := t.Context()
+	second := func(_ any, err error) error { return err }
+	for want, call := range map[string]func() error{
+		"GET /v1/status":                             func() error { return second(c.Status(ctx)) },
+		"GET /v1/status/a%20%2Fb":                    func() error { return second(c.StatusOf(ctx, "a /b")) },
+		"GET /v1/domains":                            func() error { return second(c.Domains(ctx)) },
+		"GET /v1/domains/a%20%2Fb":                   func() error { return second(c.Domain(ctx, "a /b")) },
+		"GET /v1/xml/a%20%2Fb":                       func() error { return second(c.XML(ctx, "a /b")) },
+		"GET /v1/check/a%20%2Fb":                     func() error { return second(c.Check(ctx, "a /b", "")) },
+		"GET /v1/check/g?peer=host+b":                func() error { return second(c.Check(ctx, "g", "host b")) },
+		`POST /v1/disable {"domain":"g"}`:            func() error { return c.Disable(ctx, "g") },
+		`POST /v1/restore {"domain":"g"}`:            func() error { return c.Restore(ctx, "g") },
+		`POST /v1/enable {"domain":"g","peer":"h"}`:  func() error { return c.Enable(ctx, "g", "h") },
+		`POST /v1/prepare {"domain":"g","peer":"h"}`: func() error { return c.Prepare(ctx, "g", "h") },
+	} {
+		if err := call(); err != nil || asked != want {
+			t.Errorf("asked %q, want %q, %v", asked, want, err)
+		}
 	}
 }
 
@@ -107,5 +173,9 @@ func TestEventsFollow(t *testing.T) {
 	})
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
+	}
+	c = serve(t, answer(http.StatusOK, `{"state":"live"}`))
+	if err := c.Events(t.Context(), true, collect); !errors.Is(err, client.ErrNoAgent) {
+		t.Errorf("an agent that ended: %v", err)
 	}
 }
