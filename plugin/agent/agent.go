@@ -114,6 +114,9 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 		}
 		return nil
 	})
+	// The first question makes libvirt probe QEMU, for seconds: not when
+	// somebody waits.
+	a.wg.Go(func() { _, _ = a.virt.Hypervisor(ctx) })
 	group.Go(func() error { return a.detect.Run(ctx) })
 	group.Go(func() error { return channel.Serve(ctx, peers, a.channel, a.servePeer) })
 	group.Go(func() error { return a.serveAdmin(ctx, admin) })
@@ -183,13 +186,16 @@ func (a *Agent) announceStop() {
 		}
 		c := entry{Kind: pair.NotifyStopping.String(), Epoch: s.Epoch}
 		wg.Go(func() {
+			var conn *channel.Conn
 			switch {
 			case p != nil:
-				p.notify(c)
-				p.flush(ctx)
+				conn = p.session()
 			case b != nil:
-				b.notify(c)
-				b.flush(ctx)
+				conn = b.session()
+			}
+			if conn != nil {
+				send(ctx, conn, c)
+				_ = conn.Flush(ctx)
 			}
 		})
 	}

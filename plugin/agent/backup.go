@@ -388,7 +388,7 @@ func (b *backup) room(v *vm, end plugin.Position) bool {
 
 // receive serves a session with the primary until it breaks.
 func (b *backup) receive(conn *channel.Conn) {
-	err := b.session(conn)
+	err := b.serve(conn)
 	b.mu.Lock()
 	current := b.conn == conn
 	if current {
@@ -402,7 +402,7 @@ func (b *backup) receive(conn *channel.Conn) {
 	}
 }
 
-func (b *backup) session(conn *channel.Conn) error {
+func (b *backup) serve(conn *channel.Conn) error {
 	for {
 		m, err := conn.Receive(b.ctx)
 		if err != nil {
@@ -489,18 +489,12 @@ func (b *backup) goLive() {
 	}
 }
 
-func (b *backup) notify(c entry) {
+// session gives the connection to the primary's agent, nil while it is broken.
+func (b *backup) session() *channel.Conn {
 	b.mu.Lock()
-	conn := b.conn
-	b.mu.Unlock()
-	send(b.ctx, conn, c)
+	defer b.mu.Unlock()
+	return b.conn
 }
 
-func (b *backup) flush(ctx context.Context) {
-	b.mu.Lock()
-	conn := b.conn
-	b.mu.Unlock()
-	if conn != nil {
-		_ = conn.Flush(ctx)
-	}
-}
+// notify tells the primary's agent something.
+func (b *backup) notify(c entry) { send(b.ctx, b.session(), c) }

@@ -256,38 +256,54 @@ func (d *domain) detach(ctx context.Context, v *vm, err error) {
 	if ctx.Err() != nil {
 		return
 	}
-	ended := v.ended(ctx)
-	mode := v.reports().Mode
+	if err != nil && !errors.Is(err, io.EOF) {
+		d.a.log.Warn("plugin", "domain", d.label(), "error", err)
+	}
+	if !v.ended(ctx, endTimeout) {
+		d.mu.Lock()
+		current := d.vm == v
+		d.mu.Unlock()
+		if current {
+			d.post(pair.Event{Kind: pair.EventPluginLost})
+		}
+		// It may be ending still: a large guest's memory takes time to free.
+		d.a.wg.Go(func() {
+			if v.ended(ctx, 0) {
+				d.ended(ctx, v)
+			}
+		})
+		return
+	}
+	d.ended(ctx, v)
+}
+
+// endTimeout is how long a QEMU whose connection broke may take to be gone
+// before it counts as one that lives without its connection.
+const endTimeout = 100 * time.Millisecond
+
+// ended tells the machine that a QEMU is gone, unless there is another by now.
+func (d *domain) ended(ctx context.Context, v *vm) {
 	d.mu.Lock()
 	current := d.vm == v
-	if current && ended {
+	if current {
 		d.vm = nil
 	}
 	p, b := d.primary, d.backup
 	d.mu.Unlock()
-	if err != nil && !errors.Is(err, io.EOF) {
-		d.a.log.Warn("plugin", "domain", d.label(), "error", err)
-	}
 	if !current {
 		return
 	}
+	mode := v.reports().Mode
 	switch {
-	case !ended:
-		d.post(pair.Event{Kind: pair.EventPluginLost})
 	case p != nil && p.ended() || b != nil && b.ended():
 		// The log holds the entry of a deliberate end.
 		d.post(pair.Event{Kind: pair.EventDomainStopped})
-		// Whether it was ordered by the machine or not, it is gone.
-		d.post(pair.Event{Kind: pair.EventQEMUDied})
-	case mode != control.ModeRecord && mode != control.ModeReplay:
+	case mode != control.ModeRecord && mode != control.ModeReplay && d.deliberate(ctx):
 		// No log tells why it ended, but libvirt does.
-		if d.deliberate(ctx) {
-			d.post(pair.Event{Kind: pair.EventDomainStopped})
-		}
-		d.post(pair.Event{Kind: pair.EventQEMUDied})
-	default:
-		d.post(pair.Event{Kind: pair.EventQEMUDied})
+		d.post(pair.Event{Kind: pair.EventDomainStopped})
 	}
+	// Whether it was ordered by the machine or not, it is gone.
+	d.post(pair.Event{Kind: pair.EventQEMUDied})
 }
 
 // deliberate waits for libvirt to tell how a domain ended that was not logged.

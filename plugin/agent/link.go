@@ -102,7 +102,7 @@ func (a *Agent) newDetector() (*detect.Service, error) {
 // probe asks a peer what it runs, without naming a domain.
 func (a *Agent) probe(ctx context.Context, peer string) (hostInfo, error) {
 	var info hostInfo
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	conn, err := a.dial(ctx, peer, plugin.UUID{}, 0, nil)
 	if err != nil {
@@ -112,6 +112,9 @@ func (a *Agent) probe(ctx context.Context, peer string) (hostInfo, error) {
 	go func() { _, _ = conn.Receive(ctx) }()
 	return info, conn.Call(ctx, methodHost, struct{}{}, &info)
 }
+
+// probeTimeout allows for a libvirt that has to learn first what its QEMU is.
+const probeTimeout = 20 * time.Second
 
 // serveProbe answers it.
 func (a *Agent) serveProbe(ctx context.Context, in *channel.Incoming) {
@@ -126,7 +129,7 @@ func (a *Agent) serveProbe(ctx context.Context, in *channel.Incoming) {
 		return
 	}
 	defer func() { _ = conn.Close() }()
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	_, _ = conn.Receive(ctx) // until the peer hangs up
 }

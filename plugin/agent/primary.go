@@ -182,9 +182,7 @@ func (p *primary) progress(f func(*cloneProgress)) {
 
 // Call and Tunnel implement migrate.Peer.
 func (p *primary) Call(ctx context.Context, method string, in, out any) error {
-	p.mu.Lock()
-	conn := p.conn
-	p.mu.Unlock()
+	conn := p.session()
 	if conn == nil {
 		return errors.New("the connection to the peer is broken")
 	}
@@ -292,7 +290,7 @@ func (p *primary) ended() bool {
 // receive serves a session until it breaks, then gets another.
 func (p *primary) receive(conn *channel.Conn) {
 	for {
-		err := p.session(conn)
+		err := p.serve(conn)
 		p.mu.Lock()
 		if p.conn == conn {
 			p.conn = nil
@@ -311,7 +309,7 @@ func (p *primary) receive(conn *channel.Conn) {
 	}
 }
 
-func (p *primary) session(conn *channel.Conn) error {
+func (p *primary) serve(conn *channel.Conn) error {
 	for {
 		m, err := conn.Receive(p.ctx)
 		if err != nil {
@@ -409,22 +407,15 @@ func (p *primary) attach(v *vm) {
 	p.d.welcome(v, p.epoch, acked)
 }
 
-// notify tells the backup's agent something.
-func (p *primary) notify(c entry) {
+// session gives the connection to the backup's agent, nil while it is broken.
+func (p *primary) session() *channel.Conn {
 	p.mu.Lock()
-	conn := p.conn
-	p.mu.Unlock()
-	send(p.ctx, conn, c)
+	defer p.mu.Unlock()
+	return p.conn
 }
 
-func (p *primary) flush(ctx context.Context) {
-	p.mu.Lock()
-	conn := p.conn
-	p.mu.Unlock()
-	if conn != nil {
-		_ = conn.Flush(ctx)
-	}
-}
+// notify tells the backup's agent something.
+func (p *primary) notify(c entry) { send(p.ctx, p.session(), c) }
 
 func send(ctx context.Context, conn *channel.Conn, c entry) {
 	if conn == nil {

@@ -183,9 +183,9 @@ func (d *domain) remove(ctx context.Context, v *vm, b *backup) {
 		d.destroy(ctx, v)
 	}
 	d.mu.Lock()
-	gone := d.vm == nil
+	now := d.vm
 	d.mu.Unlock()
-	if gone {
+	if now == nil || !now.Alive() {
 		d.post(pair.Event{Kind: pair.EventQEMUDied})
 	}
 }

@@ -162,13 +162,17 @@ func (v *vm) Replaying(ctx context.Context) error {
 	})
 }
 
-// ended tells, after the connection broke, whether QEMU did. The kernel closes
-// the connection a moment before the process is gone.
-func (v *vm) ended(ctx context.Context) bool {
+// ended tells, after the connection broke, whether QEMU is gone within a limit,
+// 0 being none. The kernel closes the connection a moment before the process is
+// gone.
+func (v *vm) ended(ctx context.Context, limit time.Duration) bool {
 	t := time.NewTicker(2 * time.Millisecond)
 	defer t.Stop()
-	ctx, cancel := context.WithTimeout(ctx, endTimeout)
-	defer cancel()
+	if limit > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, limit)
+		defer cancel()
+	}
 	for v.Alive() {
 		select {
 		case <-t.C:
@@ -178,10 +182,6 @@ func (v *vm) ended(ctx context.Context) bool {
 	}
 	return true
 }
-
-// endTimeout is how long a QEMU whose connection broke may take to be gone
-// before it counts as one that lives without its connection.
-const endTimeout = 100 * time.Millisecond
 
 // idle brings the VM to where it can be cloned.
 func (v *vm) idle(ctx context.Context) error {

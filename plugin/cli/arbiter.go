@@ -67,6 +67,20 @@ func arbiterPath(c *cli.Context, named string) (string, error) {
 	return cfg.Arbiter.Path, err
 }
 
+// arbiterOf gives the directory and the domain that a command is about.
+func arbiterOf(c *cli.Context) (*arbiter.Dir, plugin.UUID, error) {
+	id, err := plugin.ParseUUID(c.Args().First())
+	if err != nil {
+		return nil, id, usagef("%w; 'virsh domuuid DOMAIN' tells a domain's", err)
+	}
+	path, err := arbiterPath(c, c.String("path"))
+	if err != nil {
+		return nil, id, err
+	}
+	dir, err := arbiter.NewDir(arbiter.DirConfig{Path: path, Timeout: arbiterTimeout})
+	return dir, id, err
+}
+
 func initArbiter(c *cli.Context) error {
 	if err := arguments(c, 0, 1); err != nil {
 		return err
@@ -96,15 +110,7 @@ func showArbiter(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	id, err := plugin.ParseUUID(c.Args().First())
-	if err != nil {
-		return usagef("%w; 'virsh domuuid DOMAIN' tells a domain's", err)
-	}
-	path, err := arbiterPath(c, c.String("path"))
-	if err != nil {
-		return err
-	}
-	dir, err := arbiter.NewDir(arbiter.DirConfig{Path: path, Timeout: arbiterTimeout})
+	dir, id, err := arbiterOf(c)
 	if err != nil {
 		return err
 	}
@@ -147,15 +153,7 @@ func forgetArbiter(c *cli.Context) error {
 	if err := arguments(c, 1, 1); err != nil {
 		return err
 	}
-	id, err := plugin.ParseUUID(c.Args().First())
-	if err != nil {
-		return usagef("%w; 'virsh domuuid DOMAIN' tells a domain's", err)
-	}
-	path, err := arbiterPath(c, c.String("path"))
-	if err != nil {
-		return err
-	}
-	dir, err := arbiter.NewDir(arbiter.DirConfig{Path: path, Timeout: arbiterTimeout})
+	dir, id, err := arbiterOf(c)
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ package control
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -15,6 +16,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -62,9 +64,19 @@ func (s *Session) Hello() Hello { return s.hello }
 // User is the uid that QEMU runs as.
 func (s *Session) User() int { return s.user }
 
-// Alive tells whether the QEMU of this session still exists.
+// Alive tells whether the QEMU of this session still exists. One that only
+// waits for its parent to take note of its end does not.
 func (s *Session) Alive() bool {
-	return !errors.Is(s.qemu.Signal(syscall.Signal(0)), os.ErrProcessDone)
+	if errors.Is(s.qemu.Signal(syscall.Signal(0)), os.ErrProcessDone) {
+		return false
+	}
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", s.qemu.Pid))
+	if err != nil {
+		return true
+	}
+	// proc_pid_stat(5): the state follows the name, which is in parentheses.
+	_, state, _ := strings.Cut(string(stat[bytes.LastIndexByte(stat, ')')+1:]), " ")
+	return !strings.HasPrefix(state, "Z") && !strings.HasPrefix(state, "X")
 }
 
 // Kill ends the QEMU of this session at once, without asking libvirt or QEMU.

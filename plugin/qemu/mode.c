@@ -196,6 +196,11 @@ static int migration_ended(struct q_notifier *n, void *data, void **errp)
 static void stopped(void)
 {
     ft.stopped_ns = ft_now_ns();
+    if (*q.replay_mode == Q_REPLAY_RECORD && q.replay_mutex_locked()) {
+        /* The backup is to come to the instruction at which this one stands;
+         * a stopped VM may log nothing else for a long time. */
+        q.replay_save_instructions();
+    }
     if (*q.replay_mode != Q_REPLAY_NONE) {
         return;
     }

@@ -487,6 +487,19 @@ func boot(ctx context.Context, t *testing.T) *pair {
 	return p
 }
 
+// clone makes the backup of the epoch that was begun.
+func (p *pair) clone(ctx context.Context, t *testing.T) {
+	t.Helper()
+	s := migrate.Source{Local: p.a, Peer: p, Plugin: p}
+	_, err := s.Clone(ctx, migrate.Options{
+		Epoch: p.epoch, Dir: filepath.Join(p.dir, "clone"), QEMUUser: os.Getuid(), Downtime: 100 * time.Millisecond,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.b.kill)
+}
+
 // TestDivergence: a backup that does not follow the log is found out, and the
 // primary goes on.
 func TestDivergence(t *testing.T) {
@@ -496,14 +509,7 @@ func TestDivergence(t *testing.T) {
 	p.begin()
 	// CHECKPOINT_SUSPEND_REQUESTED: nobody asks the guest to suspend.
 	p.poison = []byte{33}
-	s := migrate.Source{Local: p.a, Peer: p, Plugin: p}
-	_, err := s.Clone(ctx, migrate.Options{
-		Epoch: p.epoch, Dir: filepath.Join(p.dir, "clone"), QEMUUser: os.Getuid(), Downtime: 100 * time.Millisecond,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer p.b.kill()
+	p.clone(ctx, t)
 	if err := p.b.plugin.Configure(time.Second, 50*time.Millisecond); err != nil {
 		t.Fatal(err)
 	}

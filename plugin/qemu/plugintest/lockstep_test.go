@@ -17,7 +17,6 @@ import (
 	"testing"
 	"time"
 
-	"ftvirt.org/ftvirt/migrate"
 	"ftvirt.org/ftvirt/plugin"
 	"ftvirt.org/ftvirt/plugin/control"
 	"ftvirt.org/ftvirt/plugin/lab/guest"
@@ -139,14 +138,7 @@ func TestLockstep(t *testing.T) {
 	defer cancel()
 	p := boot(ctx, t)
 	p.begin()
-	s := migrate.Source{Local: p.a, Peer: p, Plugin: p}
-	_, err := s.Clone(ctx, migrate.Options{
-		Epoch: p.epoch, Dir: filepath.Join(p.dir, "clone"), QEMUUser: os.Getuid(), Downtime: 100 * time.Millisecond,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer p.b.kill()
+	p.clone(ctx, t)
 	select {
 	case <-time.After(15 * time.Second):
 	case <-p.b.done:

@@ -12,7 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"ftvirt.org/ftvirt/migrate"
 	"ftvirt.org/ftvirt/plugin/lab/guest"
 )
 
@@ -23,14 +22,7 @@ func TestPowerOff(t *testing.T) {
 	defer cancel()
 	p := boot(ctx, t)
 	p.begin()
-	s := migrate.Source{Local: p.a, Peer: p, Plugin: p}
-	_, err := s.Clone(ctx, migrate.Options{
-		Epoch: p.epoch, Dir: filepath.Join(p.dir, "clone"), QEMUUser: os.Getuid(), Downtime: 100 * time.Millisecond,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer p.b.kill()
+	p.clone(ctx, t)
 	c := guest.Client{Dial: dial(p.ports), Address: netip.MustParseAddr("10.0.2.15")}
 	if err := c.PowerOff(ctx); err != nil {
 		t.Fatal(err)
