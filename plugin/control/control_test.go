@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"ftvirt.org/ftvirt/plugin"
+)
+
+func frame(t frameType, payload ...byte) []byte {
+	b := binary.BigEndian.AppendUint32(nil, uint32(len(payload)))
+	return append(append(b, byte(t)), payload...)
+}
+
+func hello() []byte {
+	b := []byte{0, Protocol, 1, byte(ModeReplay)}
+	b = append(b, bytes.Repeat([]byte{0x11}, 16)...)
+	for _, v := range []uint64{7, 100, 200, 3000} {
+		b = binary.BigEndian.AppendUint64(b, v)
+	}
+	b = binary.BigEndian.AppendUint32(b, 4242)
+	b = append(b, 10, 0, 2)
+	b = binary.BigEndian.AppendUint32(b, 4<<20)
+	return append(b, "0.1.0"...)
+}
+
+// serve listens, connects as a plugin, and gives both ends.
+func serve(t *testing.T, first []byte) (net.Conn, chan *Session, chan error) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "plugin.sock")
+	l, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
+	sessions, refused := make(chan *Session, 1), make(chan error, 1)
+	done := make(chan struct{})
+	t.Cleanup(func() { close(done) })
+	go func() {
+		_ = l.Serve(func(s *Session) {
+			sessions <- s
+			<-done
+		}, func(err error) { refused <- err })
+	}()
+	conn, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	if err := conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Write(first); err != nil {
+		t.Fatal(err)
+	}
+	return conn, sessions, refused
+}
+
+func TestHello(t *testing.T) {
+	_, sessions, refused := serve(t, frame(frameHello, hello()...))
+	select {
+	case s := <-sessions:
+		want := Hello{
+			Protocol: Protocol, Backup: true, Mode: ModeReplay, Epoch: 7, Tail: 100, Head: 200, Icount: 3000, PID: 4242,
+			QEMU: Version{10, 0, 2}, Window: 4 << 20, Build: "0.1.0",
+		}
+		copy(want.Domain[:], bytes.Repeat([]byte{0x11}, 16))
+		if s.Hello() != want {
+			t.Errorf("hello %+v, want %+v", s.Hello(), want)
+		}
+		// The process at the other end is this one, whatever the hello says.
+		if !s.Alive() || s.User() != os.Getuid() {
+			t.Errorf("alive %v, user %d", s.Alive(), s.User())
+		}
+	case err := <-refused:
+		t.Fatal(err)
+	}
+}
+
+func TestHelloRefused(t *testing.T) {
+	old := hello()
+	old[1] = Protocol + 1
+	backwards := hello()
+	binary.BigEndian.PutUint64(backwards[28:], 300) // tail behind head
+	for name, c := range map[string]struct {
+		first []byte
+		want  error
+	}{
+		"version":   {frame(frameHello, old...), ErrVersion},
+		"short":     {frame(frameHello, hello()[:40]...), ErrMalformed},
+		"backwards": {frame(frameHello, backwards...), ErrMalformed},
+		"not hello": {frame(frameLog, hello()...), ErrUnknown},
+		"too long":  {[]byte{0xff, 0xff, 0xff, 0xff, byte(frameHello)}, ErrTooLong},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, sessions, refused := serve(t, c.first)
+			select {
+			case <-sessions:
+				t.Fatal("accepted")
+			case err := <-refused:
+				if !errors.Is(err, c.want) {
+					t.Errorf("%v, want %v", err, c.want)
+				}
+			}
+		})
+	}
+}
+
+func TestCommands(t *testing.T) {
+	conn, sessions, _ := serve(t, frame(frameHello, hello()...))
+	s := <-sessions
+	for _, c := range []struct {
+		name string
+		send func() error
+		want []byte
+	}{
+		{"welcome", func() error { return s.Welcome(7, 9) }, frame(frameWelcome, 0, 1, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 9)},
+		{"arm", func() error { return s.Arm(8) }, frame(frameArm, 0, 0, 0, 0, 0, 0, 0, 8)},
+		{"disarm", s.Disarm, frame(frameDisarm)},
+		{"ack", func() error { return s.Ack(513) }, frame(frameAck, 0, 0, 0, 0, 0, 0, 2, 1)},
+		{"feed", func() error { return s.Feed(3, []byte("abc")) }, frame(frameFeed, 0, 0, 0, 0, 0, 0, 0, 3, 'a', 'b', 'c')},
+		{"promote", func() error { return s.Promote(7) }, frame(framePromote, 0, 0, 0, 0, 0, 0, 0, 7)},
+		{"open", func() error { return s.Open(7) }, frame(frameOpen, 0, 0, 0, 0, 0, 0, 0, 7)},
+		{"idle", s.Idle, frame(frameIdle)},
+		{"configure", func() error { return s.Configure(3*time.Second, 50*time.Millisecond) }, frame(frameConfig, 0, 0, 0x0b, 0xb8, 0, 0, 0, 50)},
+	} {
+		if err := c.send(); err != nil {
+			t.Fatalf("%s: %v", c.name, err)
+		}
+		got := make([]byte, len(c.want))
+		if _, err := io.ReadFull(conn, got); err != nil || !bytes.Equal(got, c.want) {
+			t.Errorf("%s: % x, want % x (%v)", c.name, got, c.want, err)
+		}
+	}
+}
+
+func TestReports(t *testing.T) {
+	conn, sessions, _ := serve(t, frame(frameHello, hello()...))
+	s := <-sessions
+	var log []byte
+	var refused error
+	var end plugin.Position
+	result := make(chan error, 1)
+	go func() {
+		result <- s.Run(context.Background(), Handler{
+			Log: func(pos plugin.Position, p []byte) error {
+				end, log = pos+plugin.Position(len(p)), append(log, p...)
+				return nil
+			},
+			Refused: func(err error) { refused = err },
+		})
+	}()
+	for _, f := range [][]byte{
+		frame(frameLog, 0, 0, 0, 0, 0, 0, 0, 5, 'x', 'y'),
+		frame(frameConsumed, make([]byte, 25)...), // nobody listens
+		frame(frameError, append([]byte{byte(framePromote)}, "not yet"...)...),
+	} {
+		if _, err := conn.Write(f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := conn.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-result; !errors.Is(err, io.EOF) {
+		t.Errorf("the plugin's end gives %v", err)
+	}
+	if string(log) != "xy" || end != 7 || !errors.Is(refused, ErrPlugin) {
+		t.Errorf("log %q to %d, refused %v", log, end, refused)
+	}
+}
+
+func TestRunEndsWithContext(t *testing.T) {
+	_, sessions, _ := serve(t, frame(frameHello, hello()...))
+	s := <-sessions
+	ctx, cancel := context.WithCancel(context.Background())
+	result := make(chan error, 1)
+	go func() { result <- s.Run(ctx, Handler{}) }()
+	cancel()
+	select {
+	case err := <-result:
+		if !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("it does not end")
+	}
+}
+
+// FuzzReports: whatever a plugin sends is understood or refused.
+func FuzzReports(f *testing.F) {
+	f.Add(byte(frameHello), hello())
+	f.Add(byte(frameLog), make([]byte, 8))
+	f.Add(byte(frameState), make([]byte, 42))
+	f.Add(byte(frameConsumed), make([]byte, 25))
+	f.Add(byte(frameStats), make([]byte, 72))
+	f.Add(byte(frameDiverged), make([]byte, 24))
+	f.Add(byte(frameError), []byte{1})
+	f.Add(byte(0xff), []byte{})
+	f.Fuzz(func(t *testing.T, kind byte, payload []byte) {
+		if h, err := parseHello(payload); err == nil && (h.Head < h.Tail || h.Mode > ModeLive) {
+			t.Errorf("hello %+v was accepted", h)
+		}
+		h := Handler{State: func(s State) {
+			if s.Mode > ModeLive {
+				t.Errorf("state %+v was accepted", s)
+			}
+		}}
+		err := h.dispatch(frameType(kind), payload)
+		var frameErr *FrameError
+		if err != nil && !errors.As(err, &frameErr) {
+			t.Errorf("%T: %v", err, err)
+		}
+	})
+}
