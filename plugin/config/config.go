@@ -74,7 +74,7 @@ func (a Agent) HookSocket() string { return filepath.Join(a.RunDir, hookSocket) 
 // Channel configures the logging channel between agents.
 type Channel struct {
 	Listen string `toml:"listen"`
-	// SendBuffer bounds what the primary's host holds unacknowledged, and
+	// SendBuffer bounds what waits in the primary's agent to be sent, and
 	// ReceiveBuffer what the backup's host holds unreplayed.
 	SendBuffer    Size `toml:"send_buffer"`
 	ReceiveBuffer Size `toml:"receive_buffer"`
@@ -120,7 +120,7 @@ type Replay struct {
 	// ICountShift makes one guest instruction last 2^ICountShift ns.
 	ICountShift int `toml:"icount_shift"`
 	// DivergenceTimeout is how long a backup may consume nothing of a log
-	// that is there before it is discarded and cloned again.
+	// that is there before it is discarded.
 	DivergenceTimeout time.Duration `toml:"divergence_timeout"`
 	// TickInterval is the longest time that a primary logs nothing.
 	TickInterval time.Duration `toml:"tick_interval"`
