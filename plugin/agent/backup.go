@@ -28,9 +28,9 @@ type backup struct {
 	cancel   context.CancelFunc
 	stopping sync.Once
 	receiver *migrate.Receiver
-	store    *channel.Store
 
 	mu      sync.Mutex
+	stored  *channel.Store // nil until the backup's QEMU is there
 	conn    *channel.Conn
 	vm      *vm
 	beats   beats
@@ -117,8 +117,8 @@ func (b *backup) resume(ctx context.Context, in *channel.Incoming) {
 		_ = old.Close()
 	}
 	var end plugin.Position
-	if b.store != nil {
-		end = b.store.End()
+	if store := b.log(); store != nil {
+		end = store.End()
 	}
 	b.open(ctx, in, end, true)
 }
@@ -272,11 +272,15 @@ func (b *backup) attach(v *vm) bool {
 		}
 		cfg := channel.DefaultStoreConfig()
 		cfg.Limit = int(b.d.a.cfg.Channel.ReceiveBuffer)
-		if b.store, err = channel.NewStore(layout, cfg); err != nil {
+		store, err := channel.NewStore(layout, cfg)
+		if err != nil {
 			b.d.a.log.Error("backup", "error", err)
 			return false
 		}
-	} else if err := b.store.Rewind(v.Hello().Head); err != nil {
+		b.mu.Lock()
+		b.stored = store
+		b.mu.Unlock()
+	} else if err := b.log().Rewind(v.Hello().Head); err != nil {
 		b.d.a.log.Error("the backup's plugin is where the log is no more", "domain", b.d.label(), "error", err)
 		return false
 	}
@@ -313,7 +317,8 @@ func (b *backup) watch(v *vm) {
 }
 
 func (b *backup) consumed(r reports) {
-	if err := b.store.Release(r.consumed.Pos); err != nil {
+	store := b.log()
+	if err := store.Release(r.consumed.Pos); err != nil {
 		b.d.a.log.Debug("store", "error", err)
 	}
 	now := time.Now()
@@ -322,11 +327,11 @@ func (b *backup) consumed(r reports) {
 	b.fed = make(chan struct{})
 	if r.consumed.Pos > b.reached {
 		b.reached = r.consumed.Pos
-		if at, ok := b.store.ReceivedAt(b.reached); ok {
+		if at, ok := store.ReceivedAt(b.reached); ok {
 			b.peak = max(b.peak, now.Sub(at))
 		}
 	}
-	b.peak = max(b.peak, b.store.Lag(b.reached))
+	b.peak = max(b.peak, store.Lag(b.reached))
 	due := now.Sub(b.lagged) >= lagPeriod
 	if due {
 		b.lagged, b.lag, b.peak = now, b.peak, 0
@@ -347,7 +352,7 @@ const lagPeriod = 100 * time.Millisecond
 // the end if this side is to go live.
 func (b *backup) feed(v *vm) {
 	for {
-		pos, p, err := b.store.Next(b.ctx, 128<<10)
+		pos, p, err := b.log().Next(b.ctx, 128<<10)
 		if errors.Is(err, io.EOF) {
 			if err := v.Promote(b.epoch); err != nil {
 				b.d.a.log.Error("cannot promote", "domain", b.d.label(), "error", err)
@@ -430,10 +435,11 @@ func (b *backup) serve(conn *channel.Conn) error {
 }
 
 func (b *backup) append(conn *channel.Conn, m channel.Message) error {
-	if b.store == nil {
+	store := b.log()
+	if store == nil {
 		return errors.New("a log without a backup")
 	}
-	acked, err := b.store.Append(b.ctx, m.Position, m.Data)
+	acked, err := store.Append(b.ctx, m.Position, m.Data)
 	if err != nil {
 		return err
 	}
@@ -460,7 +466,7 @@ func (b *backup) control(c entry) {
 		v := b.vm
 		b.mu.Unlock()
 		if v != nil {
-			end := b.store.Boundary()
+			end := b.log().Boundary()
 			_ = v.wait(ctx, "waiting for the end of the log", func(r reports) bool { return r.consumed.Pos >= end })
 		}
 		b.d.post(ev)
@@ -471,7 +477,10 @@ func (b *backup) control(c entry) {
 const powerOffTimeout = 5 * time.Second
 
 // ended tells whether the log holds the entry of a deliberate end.
-func (b *backup) ended() bool { return b.store != nil && b.store.Stats().Ended }
+func (b *backup) ended() bool {
+	store := b.log()
+	return store != nil && store.Stats().Ended
+}
 
 // goLive lets the backup consume what there is of the log and then go live.
 // The arbiter was won: nothing of the primary is taken any more.
@@ -481,8 +490,8 @@ func (b *backup) goLive() {
 	conn := b.conn
 	b.conn = nil
 	b.mu.Unlock()
-	if b.store != nil {
-		b.store.Seal()
+	if store := b.log(); store != nil {
+		store.Seal()
 	}
 	if conn != nil {
 		b.d.a.wg.Go(func() { _ = conn.Close() })
@@ -498,3 +507,10 @@ func (b *backup) session() *channel.Conn {
 
 // notify tells the primary's agent something.
 func (b *backup) notify(c entry) { send(b.ctx, b.session(), c) }
+
+// log gives what is held of the log, nil before there is a QEMU to replay it.
+func (b *backup) log() *channel.Store {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.stored
+}

@@ -119,7 +119,9 @@ func (p *primary) clone(v *vm) error {
 	if err != nil {
 		return err
 	}
+	p.mu.Lock()
 	p.dec = rrlog.NewDecoder(layout)
+	p.mu.Unlock()
 	p.keepLog()
 	conn, err := p.d.a.dial(ctx, p.peer, p.d.id, p.epoch, nil)
 	if err != nil {
@@ -133,10 +135,10 @@ func (p *primary) clone(v *vm) error {
 		// Nobody reads from it yet, so that nobody else reports its end.
 		return err
 	}
-	p.d.a.wg.Go(func() { p.receive(conn) })
 	if p.beats, err = p.d.beat(p.ctx, p.epoch, p.peer, key, v.Alive); err != nil {
 		return err
 	}
+	p.d.a.wg.Go(func() { p.receive(conn) })
 	v.ship(p.ship)
 	v.watch(p.watch)
 	if err := v.idle(ctx); err != nil {

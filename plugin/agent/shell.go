@@ -267,8 +267,8 @@ func (d *domain) diagnose(epoch plugin.Epoch, v *vm, b *backup) {
 		r := v.reports()
 		report["state"], report["consumed"], report["diverged"] = r.State, r.consumed, r.diverged
 	}
-	if b != nil && b.store != nil {
-		report["log"] = b.store.Stats()
+	if b != nil && b.log() != nil {
+		report["log"] = b.log().Stats()
 	}
 	path := filepath.Join(d.a.cfg.Agent.StateDir, fmt.Sprintf("diagnosis-%s-%d.json", d.id, epoch))
 	text, err := json.MarshalIndent(report, "", "  ")

@@ -83,8 +83,8 @@ func (d *domain) report() Status {
 		p.mu.Lock()
 		st.Lag, st.LogRate = millis(p.lag), p.rate.rate(now)
 		p.mu.Unlock()
-	case r.Mode == control.ModeReplay && b != nil && b.store != nil:
-		st.Position, st.Acked, st.Instructions = r.consumed.Pos, b.store.Boundary(), r.consumed.Icount
+	case r.Mode == control.ModeReplay && b != nil && b.log() != nil:
+		st.Position, st.Acked, st.Instructions = r.consumed.Pos, b.log().Boundary(), r.consumed.Icount
 		b.mu.Lock()
 		st.Lag, st.LogRate = millis(b.lag), b.rate.rate(now)
 		b.mu.Unlock()
