@@ -8,7 +8,6 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"ftvirt.org/ftvirt"
 	"ftvirt.org/ftvirt/plugin/config"
 )
 
@@ -25,7 +24,7 @@ func configCommand() *cli.Command {
 					if err := arguments(c, 0, 0); err != nil {
 						return err
 					}
-					_, err := io.WriteString(c.App.Writer, ftvirt.ExampleConfig)
+					_, err := io.WriteString(c.App.Writer, config.Example)
 					return err
 				},
 			},

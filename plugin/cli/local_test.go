@@ -12,10 +12,10 @@ import (
 	"testing"
 	"time"
 
-	"ftvirt.org/ftvirt"
 	"ftvirt.org/ftvirt/arbiter"
 	"ftvirt.org/ftvirt/hooks"
 	"ftvirt.org/ftvirt/plugin/agent"
+	"ftvirt.org/ftvirt/plugin/config"
 	"ftvirt.org/ftvirt/plugin/rrlog"
 )
 
@@ -169,7 +169,7 @@ func TestArbiter(t *testing.T) {
 func TestConfig(t *testing.T) {
 	t.Parallel()
 	r := run(t, "", "config", "default")
-	if r.code != exitOK || r.out != ftvirt.ExampleConfig || !strings.Contains(r.out, "[heartbeat]") {
+	if r.code != exitOK || r.out != config.Example || !strings.Contains(r.out, "[heartbeat]") {
 		t.Errorf("%+v", r)
 	}
 	path := file(t, "ftvirt.toml", r.out)

@@ -17,7 +17,7 @@ import (
 	"github.com/BurntSushi/toml"
 )
 
-const example = "../../ftvirt.toml.example"
+const example = "ftvirt.toml.example"
 
 // valid is the smallest file that Load accepts.
 const valid = "host = \"hosta\"\n[arbiter]\npath = \"/mnt/a\"\n"
