@@ -4,8 +4,8 @@
 //
 // Reading is strict: a key that ftvirt does not know is an error that names the
 // key and its line, since a misspelt timeout that is silently ignored is found
-// out during a failover. ftvirt.toml.example beside this package
-// explains every key.
+// out during a failover. ftvirt.toml.example, beside this file, explains every
+// key.
 package config
 
 import (
