@@ -35,6 +35,7 @@ type domain struct {
 	primary  *primary      // data path of the epoch in which this is the primary
 	backup   *backup       // data path of the epoch in which this is the backup
 	progress cloneProgress
+	clones   int          // clones under way, those that are being undone included
 	owned    plugin.Epoch // the newest epoch that the arbiter gave to this host
 	asking   bool         // a call of the arbiter is under way
 	closing  map[plugin.Epoch]bool

@@ -68,6 +68,7 @@ func (d *domain) startClone(ctx context.Context, epoch plugin.Epoch, peer string
 	}
 	d.primary, d.backup = p, nil
 	d.progress = cloneProgress{}
+	d.clones++
 	v := d.vm
 	d.mu.Unlock()
 	d.a.wg.Go(func() {
@@ -82,6 +83,9 @@ func (d *domain) startClone(ctx context.Context, epoch plugin.Epoch, peer string
 			p.watch()
 			d.post(pair.Event{Kind: pair.EventCloneFailed, Epoch: epoch})
 		}
+		d.mu.Lock()
+		d.clones--
+		d.mu.Unlock()
 	})
 }
 

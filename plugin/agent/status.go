@@ -50,6 +50,10 @@ type Status struct {
 	Failure string `json:"failure,omitempty" yaml:"failure,omitempty"`
 }
 
+// phaseUndoing is the phase of a clone that failed and is not yet cleared away.
+// Failure is known when it is over.
+const phaseUndoing = "undoing"
+
 func millis(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
 func (d *domain) report() Status {
@@ -59,7 +63,10 @@ func (d *domain) report() Status {
 		Domain: d.name, UUID: d.id, Host: d.a.cfg.Host, Role: s.Role, State: s.State, Reason: s.Reason, Epoch: s.Epoch,
 		Peer: s.Peer, Mode: "none", Failure: d.failure, ClonePause: millis(d.progress.Pause),
 	}
-	if s.State == pair.Cloning {
+	switch {
+	case d.clones > 0 && s.State == pair.Unprotected:
+		st.ClonePhase = phaseUndoing
+	case s.State == pair.Cloning:
 		st.ClonePhase, st.CloneTransferred, st.CloneRemaining = d.progress.Phase, d.progress.Transferred, d.progress.Remaining
 	}
 	d.mu.Unlock()

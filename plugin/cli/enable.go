@@ -135,7 +135,7 @@ func waitProtected(ctx context.Context, before client.Status, show func(client.S
 			return s, nil
 		case s.State == "cloning":
 			show(s)
-		case s.State == "going-live": // its end tells
+		case s.State == "going-live", s.ClonePhase == "undoing": // its end tells
 		default:
 			why := s.Failure
 			if why == "" {
