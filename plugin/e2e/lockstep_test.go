@@ -94,8 +94,14 @@ func sameDisks(t *testing.T, vm *scenario.VM, primary, backup *lab.Host) {
 		paths[i], err = vm.DiskPath(t.Context(), h)
 		must(t, err)
 	}
-	// The position covers the order to write, not yet its completion here.
-	must(t, eventually(t.Context(), 5*time.Second, func() error {
+	// The position covers the order to write, not yet its completion here. And
+	// what the guest's kernel writes back by itself, without a flush, may be in
+	// an image that had its cluster already, but for the other only in QEMU's
+	// cache of where clusters are: each try begins with a flush on both sides.
+	must(t, eventually(t.Context(), 30*time.Second, func() error {
+		if _, err := vm.Quiesce(t.Context()); err != nil {
+			return err
+		}
 		out, err := exec.CommandContext(t.Context(), "qemu-img", "compare", "-U", paths[0], paths[1]).CombinedOutput()
 		if err != nil {
 			return fmt.Errorf("disks: %w: %s", err, out)
