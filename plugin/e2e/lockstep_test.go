@@ -104,6 +104,7 @@ func sameDisks(t *testing.T, vm *scenario.VM, primary, backup *lab.Host) {
 		}
 		out, err := exec.CommandContext(t.Context(), "qemu-img", "compare", "-U", paths[0], paths[1]).CombinedOutput()
 		if err != nil {
+			t.Logf("disks: %v: %s", err, out)
 			return fmt.Errorf("disks: %w: %s", err, out)
 		}
 		return nil

@@ -54,10 +54,24 @@ for dir in etc run var tmp; do
 	mount --bind "$dir" "/$dir"
 done
 
-# Terminals and shared memory of its own.
-mount -t devpts -o newinstance,mode=0620,gid=5,ptmxmode=0666 devpts /dev/pts
-mount --bind /dev/pts/ptmx /dev/ptmx
-mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs /dev/shm
+# Devices of its own, and no KVM among them: libvirt asks QEMU whether KVM works
+# and /dev/kvm whether QEMU's user may open it. On a machine where the two
+# disagree it probes QEMU anew, for a second, whenever it looks at a domain.
+mkdir -p dev
+mount -t tmpfs -o mode=755,nosuid tmpfs dev
+mkdir dev/net dev/pts dev/shm
+for device in null zero full random urandom tty net/tun; do
+	[ ! -e "/dev/$device" ] || cp -a "/dev/$device" "dev/$device"
+done
+ln -s /proc/self/fd dev/fd
+for stream in 0:stdin 1:stdout 2:stderr; do
+	ln -s "/proc/self/fd/${stream%:*}" "dev/${stream#*:}"
+done
+mount -t devpts -o newinstance,mode=0620,gid=5,ptmxmode=0666 devpts dev/pts
+ln -s pts/ptmx dev/ptmx
+mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs dev/shm
+! mountpoint -q /dev || umount -l -R /dev # libvirt moves what is mounted below: no doubles
+mount --move dev /dev
 
 hostname "$name"
 for scope in all default; do
