@@ -24,8 +24,12 @@ const (
 // Mode is the state that the operator wants for a domain.
 type Mode string
 
-// ModeProtected asks for a backup at all times.
-const ModeProtected Mode = "protected"
+const (
+	// ModeProtected asks for a backup at all times.
+	ModeProtected Mode = "protected"
+	// ModeSuspended keeps the other settings, but asks for no backup for now.
+	ModeSuspended Mode = "suspended"
+)
 
 // Annotation is the pair element in a domain's metadata:
 //
@@ -118,8 +122,8 @@ func parseAnnotation(e element) (Annotation, error) {
 		switch name {
 		case "mode":
 			a.Mode = Mode(value)
-			if a.Mode != ModeProtected {
-				return Annotation{}, bad(`unknown value; the only one is "protected"`)
+			if a.Mode != ModeProtected && a.Mode != ModeSuspended {
+				return Annotation{}, bad(`unknown value; use "protected" or "suspended"`)
 			}
 		case "peer":
 			a.Peer = value

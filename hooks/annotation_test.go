@@ -26,6 +26,7 @@ func TestReadAnnotation(t *testing.T) {
 		"as documented":     {`<ft:pair` + declared + ` mode="protected" peer="hostb"/>`, Annotation{ModeProtected, "hostb", plugin.RoleNone, 0}},
 		"default namespace": {`<pair xmlns="urn:ftvirt:domain:1" mode='protected' peer='b.example.org'></pair>`, Annotation{ModeProtected, "b.example.org", plugin.RoleNone, 0}},
 		"other prefix":      {`<a/><x:pair xmlns:x="urn:ftvirt:domain:1" x:mode="protected"/>`, Annotation{ModeProtected, "", plugin.RoleNone, 0}},
+		"suspended":         {`<ft:pair` + declared + ` mode="suspended" peer="hostb"/>`, Annotation{ModeSuspended, "hostb", plugin.RoleNone, 0}},
 		"backup":            {`<ft:pair` + declared + ` mode="protected" peer="a" role="backup" epoch="18446744073709551615"/>`, Annotation{ModeProtected, "a", plugin.RoleBackup, 1<<64 - 1}},
 	} {
 		a, ok, err := ReadAnnotation(withMetadata(tc.raw))

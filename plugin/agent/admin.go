@@ -59,6 +59,12 @@ func (a *Agent) serveAdmin(ctx context.Context, l net.Listener) error {
 	})
 	mux.HandleFunc("POST /v1/enable", post(func(ctx context.Context, r EnableRequest) error { return a.Enable(ctx, r.Domain, r.Peer) }))
 	mux.HandleFunc("POST /v1/disable", post(func(ctx context.Context, r EnableRequest) error { return a.Disable(ctx, r.Domain) }))
+	for path, f := range map[string]func(context.Context, string) error{
+		"failover": a.Failover, "suspend": a.Suspend, "resume": a.Resume,
+	} {
+		mux.HandleFunc("POST /v1/"+path, post(func(ctx context.Context, r EnableRequest) error { return f(ctx, r.Domain) }))
+	}
+	mux.HandleFunc("POST /v1/restart-backup", post(func(ctx context.Context, r EnableRequest) error { return a.RestartBackup(ctx, r.Domain, r.Peer) }))
 	mux.HandleFunc("GET /v1/events", a.serveEvents)
 	a.adminDefinitions(mux)
 	server := &http.Server{

@@ -75,7 +75,9 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 		return err
 	}
 	var err error
-	a.virt, err = virt.Open(ctx, a.cfg.LibvirtURI, virt.Events{Stopped: a.stopped})
+	a.virt, err = virt.Open(ctx, a.cfg.LibvirtURI, virt.Events{
+		Started: func(i virt.Info) { a.kickID(i.UUID) }, Stopped: a.stopped, MetadataChanged: a.kickID,
+	})
 	if err != nil {
 		return fmt.Errorf("libvirt at %s: %w; is libvirtd running?", a.cfg.LibvirtURI, err)
 	}
@@ -128,6 +130,7 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 		<-ctx.Done()
 		return plugins.Close()
 	})
+	a.greet(ctx)
 	a.log.Info("agent started", "host", a.cfg.Host, "channel", a.cfg.Channel.Listen)
 	if ready != nil {
 		ready()
@@ -169,6 +172,7 @@ func (a *Agent) domain(id plugin.UUID) *domain {
 		d = newDomain(a, id)
 		a.domains[id] = d
 		a.wg.Go(func() { d.loop(a.ctx) })
+		a.wg.Go(func() { d.keep(a.ctx) })
 	}
 	return d
 }

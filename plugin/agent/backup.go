@@ -79,8 +79,7 @@ func (d *domain) beginBackup(ctx context.Context, in *channel.Incoming) {
 			"do both hosts use the same storage?", h.Epoch, h.From, d.a.cfg.Host))
 		return
 	}
-	status, v, _, _ := d.snapshot()
-	if v != nil || status.Removing || (status.State != pair.Unprotected && status.State != pair.Failed) {
+	if status, free := d.untilFree(ctx); !free {
 		_ = in.Refuse(ctx, channel.RefuseBusy, fmt.Sprintf("domain %s is %s on %s", d.id, status, d.a.cfg.Host))
 		return
 	}
@@ -102,6 +101,29 @@ func (d *domain) beginBackup(ctx context.Context, in *channel.Incoming) {
 	d.post(pair.Event{Kind: pair.EventPrepareBackup, Epoch: h.Epoch, Peer: h.From})
 	b.open(ctx, in, 0, false)
 }
+
+// untilFree waits until nothing of an earlier epoch is left here: the primary may
+// ask for its next backup before the last one is gone.
+func (d *domain) untilFree(ctx context.Context) (pair.Status, bool) {
+	ctx, cancel := context.WithTimeout(ctx, freeTimeout)
+	defer cancel()
+	t := time.NewTicker(10 * time.Millisecond)
+	defer t.Stop()
+	for {
+		s, v, _, _ := d.snapshot()
+		if v == nil && !s.Removing && (s.State == pair.Unprotected || s.State == pair.Failed) {
+			return s, true
+		}
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return s, false
+		}
+	}
+}
+
+// freeTimeout is less than the primary waits for an answer.
+const freeTimeout = 2 * time.Second
 
 // resume gives the primary its session back.
 func (b *backup) resume(ctx context.Context, in *channel.Incoming) {

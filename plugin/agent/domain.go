@@ -40,12 +40,17 @@ type domain struct {
 	asking   bool         // a call of the arbiter is under way
 	closing  map[plugin.Epoch]bool
 	failure  string // why the last clone failed
+	avoid    string // the peer on which it failed
+	retryAt  time.Time
+
+	enabling sync.Mutex    // held while a clone is being begun
+	kicked   chan struct{} // wakes keep
 }
 
 func newDomain(a *Agent, id plugin.UUID) *domain {
 	return &domain{
 		a: a, id: id, name: id.String(), inbox: make(chan pair.Event, 256), stops: make(chan virt.Stopped, 8),
-		attached: make(chan struct{}), closing: map[plugin.Epoch]bool{},
+		attached: make(chan struct{}), kicked: make(chan struct{}, 1), closing: map[plugin.Epoch]bool{},
 		status: pair.Status{Role: plugin.RoleNone, Reason: pair.NotEnabled},
 	}
 }

@@ -7,11 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"libvirt.org/go/libvirtxml"
 
 	"ftvirt.org/ftvirt/arbiter"
 	"ftvirt.org/ftvirt/hooks"
+	"ftvirt.org/ftvirt/plugin"
 	"ftvirt.org/ftvirt/plugin/control"
 	"ftvirt.org/ftvirt/plugin/pair"
 	"ftvirt.org/ftvirt/plugin/rrlog"
@@ -123,17 +125,38 @@ func (a *Agent) checkPeer(ctx context.Context, peer string) error {
 }
 
 // Enable protects a running domain with a backup on peer. It returns once the
-// clone has begun; what fails before leaves everything as it was.
+// clone has begun; what fails before leaves everything as it was. A domain that
+// has its backup there already, be it in the making, needs nothing.
 func (a *Agent) Enable(ctx context.Context, name, peer string) error {
 	info, err := a.virt.Find(ctx, name)
 	if err != nil {
 		return err
 	}
+	d := a.domain(info.UUID)
+	if err := d.enable(ctx, info, peer); err != nil {
+		return err
+	}
+	if err := d.annotate(ctx, info, hooks.ModeProtected, peer); err != nil {
+		a.log.Warn("cannot annotate the domain", "domain", info.Name, "error", err)
+	}
+	return nil
+}
+
+// enable begins a clone to peer. Errors that wrap ErrPeer are the peer's fault:
+// another one might do.
+func (d *domain) enable(ctx context.Context, info virt.Info, peer string) error {
+	d.enabling.Lock()
+	defer d.enabling.Unlock()
+	a := d.a
 	if _, err := a.cfg.Peer(peer); err != nil {
 		return err
 	}
 	if !info.Active {
 		return fmt.Errorf("%w: start it with 'virsh start %s'", ErrNotRunning, info.Name)
+	}
+	status, v, p, _ := d.snapshot()
+	if p != nil && status.Peer == peer && (status.State == pair.Cloning || status.State == pair.Protected) {
+		return nil
 	}
 	problems, err := a.checkDomain(ctx, info, peer)
 	if err != nil {
@@ -142,8 +165,6 @@ func (a *Agent) Enable(ctx context.Context, name, peer string) error {
 	if len(problems) > 0 {
 		return &hooks.NotReadyError{Domain: info.Name, Problems: problems}
 	}
-	d := a.domain(info.UUID)
-	status, v, _, _ := d.snapshot()
 	if status.State != pair.Unprotected && status.State != pair.Live && status.State != pair.Failed {
 		return fmt.Errorf("%w: it is %s", ErrProtected, status)
 	}
@@ -157,29 +178,56 @@ func (a *Agent) Enable(ctx context.Context, name, peer string) error {
 	if err := a.checkPeer(ctx, peer); err != nil {
 		return err
 	}
-	epoch, err := a.arbiter.Open(ctx, info.UUID, a.cfg.Host, peer)
-	if errors.Is(err, arbiter.ErrUndecided) {
-		// An epoch of before ended without a decision. If this host can have
-		// it, nobody else runs the domain.
-		rec, lerr := a.arbiter.Lookup(ctx, info.UUID)
-		if lerr != nil {
-			return lerr
-		}
-		if err := a.arbiter.Acquire(ctx, info.UUID, rec.Epoch, a.cfg.Host); err != nil {
-			return err
-		}
-		epoch, err = a.arbiter.Open(ctx, info.UUID, a.cfg.Host, peer)
-	}
+	epoch, err := d.openEpoch(ctx, peer)
 	if err != nil {
 		return err
 	}
-	if err := d.annotate(ctx, info, peer); err != nil {
-		a.log.Warn("cannot annotate the domain", "domain", info.Name, "error", err)
-	}
 	v.opened.Store(false)
 	d.setFailure(nil)
+	d.setRetry(time.Time{})
 	d.post(pair.Event{Kind: pair.EventEnable, Epoch: epoch, Peer: peer})
-	return nil
+	return d.untilBegun(ctx, epoch)
+}
+
+// openEpoch gets a fresh epoch for a pair with peer from the arbiter.
+func (d *domain) openEpoch(ctx context.Context, peer string) (plugin.Epoch, error) {
+	a := d.a
+	ctx, cancel := context.WithTimeout(ctx, arbiterTimeout)
+	defer cancel()
+	epoch, err := a.arbiter.Open(ctx, d.id, a.cfg.Host, peer)
+	if !errors.Is(err, arbiter.ErrUndecided) {
+		return epoch, err
+	}
+	// An epoch of before ended without a decision. If this host can have it,
+	// nobody else runs the domain.
+	rec, err := a.arbiter.Lookup(ctx, d.id)
+	if err != nil {
+		return 0, err
+	}
+	if err := a.arbiter.Acquire(ctx, d.id, rec.Epoch, a.cfg.Host); err != nil {
+		return 0, err
+	}
+	return a.arbiter.Open(ctx, d.id, a.cfg.Host, peer)
+}
+
+// untilBegun waits until the machine has taken up a new epoch: until then the
+// domain would look as if nobody had protected it yet.
+func (d *domain) untilBegun(ctx context.Context, epoch plugin.Epoch) error {
+	ctx, cancel := context.WithTimeout(ctx, controlTimeout)
+	defer cancel()
+	t := time.NewTicker(time.Millisecond)
+	defer t.Stop()
+	for {
+		s, _, _, _ := d.snapshot()
+		if s.Epoch >= epoch {
+			return nil
+		}
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return fmt.Errorf("the clone did not begin: the domain is %s", s)
+		}
+	}
 }
 
 // Disable takes protection away; the domain runs on where it is.
@@ -189,18 +237,28 @@ func (a *Agent) Disable(ctx context.Context, name string) error {
 		return err
 	}
 	d := a.domain(info.UUID)
+	// The wish goes first, or the domain would be protected again at once.
+	err = d.annotate(ctx, info, "", "")
 	d.post(pair.Event{Kind: pair.EventUserDisable})
-	return d.annotate(ctx, info, "")
+	return err
 }
 
-// annotate writes the operator's wish into the domain, or takes it out. libvirt
-// adds the namespace itself.
-func (d *domain) annotate(ctx context.Context, info virt.Info, peer string) error {
+// annotate writes the operator's wish into the domain, or, without a mode, takes
+// it out. libvirt adds the namespace itself.
+func (d *domain) annotate(ctx context.Context, info virt.Info, mode hooks.Mode, peer string) error {
 	text := ""
-	if peer != "" {
-		text = hooks.Annotation{Mode: hooks.ModeProtected, Peer: peer}.Element()
+	if mode != "" {
+		text = hooks.Annotation{Mode: mode, Peer: peer}.Element()
 	}
 	return d.a.virt.SetMetadata(ctx, info, "ft", hooks.Namespace, text)
+}
+
+// setAvoid notes the peer on which a clone failed last, for the next to begin
+// elsewhere if that is possible.
+func (d *domain) setAvoid(peer string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.avoid = peer
 }
 
 func (d *domain) setFailure(err error) {

@@ -123,7 +123,10 @@ func (a *Agent) serveProbe(ctx context.Context, in *channel.Incoming) {
 		return
 	}
 	conn, err := channel.NewConn(nc, a.channel, channel.Handlers{
-		methodHost: handler(func(ctx context.Context, _ struct{}) (any, error) { return a.hostInfo(ctx) }),
+		methodHost: handler(func(ctx context.Context, _ struct{}) (any, error) {
+			a.peerUp()
+			return a.hostInfo(ctx)
+		}),
 	})
 	if err != nil {
 		return

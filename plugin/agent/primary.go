@@ -79,6 +79,7 @@ func (d *domain) startClone(ctx context.Context, epoch plugin.Epoch, peer string
 		if err != nil {
 			d.a.log.Warn("clone failed", "domain", d.label(), "epoch", epoch, "peer", peer, "error", err)
 			d.setFailure(err)
+			d.setAvoid(peer)
 			// The switch, if it came to it, is posted by p.watch before.
 			p.watch()
 			d.post(pair.Event{Kind: pair.EventCloneFailed, Epoch: epoch})

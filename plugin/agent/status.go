@@ -4,6 +4,7 @@ package agent
 
 import (
 	"context"
+	"math"
 	"sort"
 	"time"
 
@@ -46,8 +47,10 @@ type Status struct {
 	CloneTransferred int64   `json:"clone_transferred,omitempty" yaml:"clone_transferred,omitempty"`
 	CloneRemaining   int64   `json:"clone_remaining,omitempty" yaml:"clone_remaining,omitempty"`
 	ClonePause       float64 `json:"clone_pause_ms" yaml:"clone_pause_ms"`
-	// Failure is why the last clone failed.
-	Failure string `json:"failure,omitempty" yaml:"failure,omitempty"`
+	// Failure is why the last clone failed, Retry in how many seconds another
+	// is tried.
+	Failure string  `json:"failure,omitempty" yaml:"failure,omitempty"`
+	Retry   float64 `json:"retry_s,omitempty" yaml:"retry_s,omitempty"`
 }
 
 // phaseUndoing is the phase of a clone that failed and is not yet cleared away.
@@ -68,6 +71,9 @@ func (d *domain) report() Status {
 		st.ClonePhase = phaseUndoing
 	case s.State == pair.Cloning:
 		st.ClonePhase, st.CloneTransferred, st.CloneRemaining = d.progress.Phase, d.progress.Transferred, d.progress.Remaining
+	}
+	if !d.retryAt.IsZero() {
+		st.Retry = max(0, math.Ceil(time.Until(d.retryAt).Seconds()))
 	}
 	d.mu.Unlock()
 	if v == nil {

@@ -35,7 +35,8 @@ func App() *cli.App {
 		Description: description,
 		HideVersion: true,
 		Commands: []*cli.Command{
-			enableCommand(), disableCommand(), statusCommand(), listCommand(), checkCommand(), eventsCommand(),
+			enableCommand(), disableCommand(), suspendCommand(), resumeCommand(), failoverCommand(),
+			restartBackupCommand(), migrateBackupCommand(), statusCommand(), listCommand(), checkCommand(), eventsCommand(),
 			xmlCommand(), logCommand(), arbiterCommand(), configCommand(), agentCommand(), labcli.Command(),
 		},
 		Action: unknownCommand,

@@ -117,7 +117,7 @@ func waitProtected(ctx context.Context, before client.Status, show func(client.S
 ) (client.Status, error) {
 	ticker := time.NewTicker(pollInterval)
 	defer ticker.Stop()
-	last, begun := before, false
+	last, begun := before, before.State == "cloning" || before.State == "protected"
 	for {
 		s, err := ask(ctx)
 		if ctx.Err() != nil {

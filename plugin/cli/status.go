@@ -110,6 +110,9 @@ func statusOf(w io.Writer, s client.Status) error {
 	if s.Failure != "" {
 		f.add("Failure", s.Failure)
 	}
+	if s.Retry > 0 {
+		f.add("Next try", fmt.Sprintf("in %.0f s", s.Retry))
+	}
 	if s.State == "cloning" {
 		f.add("Clone", fmt.Sprintf("%s, %d %%", s.ClonePhase, percent(s)))
 	}

@@ -47,6 +47,7 @@ type Config struct {
 	Heartbeat Heartbeat       `toml:"heartbeat"`
 	Arbiter   Arbiter         `toml:"arbiter"`
 	Clone     Clone           `toml:"clone"`
+	Protect   Protect         `toml:"protect"`
 	Replay    Replay          `toml:"replay"`
 	Peers     map[string]Peer `toml:"peers"`
 }
@@ -115,6 +116,17 @@ type Clone struct {
 	DiskDir string `toml:"disk_dir"`
 }
 
+// Protect configures how redundancy comes about and comes back.
+type Protect struct {
+	// Auto lets the agent give each domain the backup that its annotation asks
+	// for whenever it has none. Without it only commands do.
+	Auto bool `toml:"auto"`
+	// RetryMin is the pause before the first try and between the first tries;
+	// it doubles with each that fails, up to RetryMax.
+	RetryMin time.Duration `toml:"retry_min"`
+	RetryMax time.Duration `toml:"retry_max"`
+}
+
 // Replay configures record and replay in QEMU.
 type Replay struct {
 	// ICountShift makes one guest instruction last 2^ICountShift ns.
@@ -179,6 +191,11 @@ func Default() Config {
 			Bandwidth:     100 * MiB,
 			Timeout:       10 * time.Minute,
 			DiskDir:       "/var/lib/libvirt/images",
+		},
+		Protect: Protect{
+			Auto:     true,
+			RetryMin: time.Second,
+			RetryMax: 20 * time.Second,
 		},
 		Replay: Replay{
 			ICountShift:       3,

@@ -107,6 +107,10 @@ func (c Config) Validate() error {
 		fmt.Sprintf("%s is too short for a clone", c.Clone.Timeout), `use minutes, such as "10m"`)
 	v.path("clone.disk_dir", c.Clone.DiskDir)
 
+	v.period("protect.retry_min", c.Protect.RetryMin)
+	v.check(c.Protect.RetryMax >= c.Protect.RetryMin, "protect.retry_max",
+		fmt.Sprintf("%s is less than protect.retry_min (%s)", c.Protect.RetryMax, c.Protect.RetryMin), "make it at least as long")
+
 	v.check(c.Replay.ICountShift >= 0 && c.Replay.ICountShift <= maxShift, "replay.icount_shift",
 		strconv.Itoa(c.Replay.ICountShift)+" is out of range", fmt.Sprintf("use 0 to %d", maxShift))
 	v.period("replay.tick_interval", c.Replay.TickInterval)

@@ -47,7 +47,11 @@ func bed(t *testing.T) (b *scenario.Bed, hosta, hostb *lab.Host) {
 	t.Helper()
 	root := labtest.Root(t)
 	shared.once.Do(func() {
-		o := lab.Options{Name: fmt.Sprintf("e2e%d", os.Getpid()), Bin: *bin, Guest: labtest.Guest(t), Ephemeral: true}
+		o := lab.Options{
+			Name: fmt.Sprintf("e2e%d", os.Getpid()), Bin: *bin, Guest: labtest.Guest(t), Ephemeral: true,
+			// Most tests say themselves when there is a backup.
+			Configure: func(c *config.Config) { c.Protect.Auto = false },
+		}
 		if o.Bin == "" {
 			o.Bin = filepath.Join(root, "bin")
 		}

@@ -134,7 +134,7 @@ func (h *Host) install(ctx context.Context, o Options) error {
 			return err
 		}
 	}
-	return h.WriteConfig(o.Configure)
+	return h.WriteConfig(nil)
 }
 
 // has tells whether the lab's programs include name.
@@ -191,7 +191,8 @@ func (h *Host) qemuConf() string {
 }
 
 // WriteConfig writes the host's ftvirt.toml. change, if not nil, alters what the
-// lab would write; a running agent reads the file only when it is restarted.
+// lab would write, after its Options.Configure; a running agent reads the file
+// only when it is restarted.
 func (h *Host) WriteConfig(change func(*config.Config)) error {
 	c := config.Default()
 	c.Host = h.Name
@@ -209,8 +210,10 @@ func (h *Host) WriteConfig(change func(*config.Config)) error {
 	c.Channel.Listen, c.Heartbeat.Listen = channel, heartbeat
 	// The logging network is the lab's own; nobody else can reach it.
 	c.Channel.Plaintext = true
-	if change != nil {
-		change(&c)
+	for _, f := range []func(*config.Config){h.lab.configure, change} {
+		if f != nil {
+			f(&c)
+		}
 	}
 	if err := c.Validate(); err != nil {
 		return fmt.Errorf("%s: %w", h.Name, err)

@@ -128,6 +128,8 @@ type Lab struct {
 	sw     *Node // holds both bridges
 	hosts  []*Host
 	tether *tether // of an ephemeral lab, else nil
+	// configure is Options.Configure; a lab that was found has none.
+	configure func(*config.Config)
 }
 
 var validName = regexp.MustCompile(`^[a-z][a-z0-9-]{0,15}$`)
@@ -219,7 +221,7 @@ func Up(ctx context.Context, o Options) (*Lab, error) {
 		return nil, err
 	}
 
-	l := &Lab{dir: dir, state: newState(o)}
+	l := &Lab{dir: dir, state: newState(o), configure: o.Configure}
 	if o.Ephemeral {
 		l.tether = newTether()
 	}

@@ -16,6 +16,8 @@ const (
 	EventEnable
 	// EventUserDisable: take the protection away; the domain runs on.
 	EventUserDisable
+	// EventUserFailover: let the backup take over from the domain here.
+	EventUserFailover
 	// EventPrepareBackup: the primary on host Peer asks this host to become
 	// the backup of Epoch.
 	EventPrepareBackup
@@ -77,7 +79,7 @@ const (
 
 var eventNames = [numEvents]string{
 	"tick",
-	"enable", "user-disable", "prepare-backup",
+	"enable", "user-disable", "user-failover", "prepare-backup",
 	"clone-progress", "clone-failed", "switched", "primary-switched", "clone-loaded", "backup-running",
 	"plugin-lost", "plugin-restored", "qemu-died", "domain-stopped", "local-diverged", "went-live",
 	"session-lost", "session-restored", "peer-dead", "peer-qemu-died", "peer-diverged", "peer-stopping",

@@ -94,9 +94,23 @@ func (m *Machine) stepRecording(ev Event) {
 		m.pluginOut = m.cfg.Plugin
 	case EventPluginRestored:
 		m.pluginOut = 0
+	case EventUserFailover:
+		m.handOver(ev)
 	default:
 		m.ignore(ev)
 	}
+}
+
+// handOver leaves the field to a backup that is known to be well, as if the
+// copy here had died. It needs no arbiter: the backup asks for itself.
+func (m *Machine) handOver(ev Event) {
+	if m.state != Protected || m.sessionLost || m.grace != 0 {
+		m.ignore(ev)
+		return
+	}
+	m.kill(UserRequest)
+	m.notify(NotifyQEMUDied)
+	m.becomeFailed(UserRequest)
 }
 
 // heal ends the grace of a session that came back.

@@ -326,6 +326,11 @@ func (w *world) chance() {
 		}
 	case 26:
 		remote(EventCloneProgress)
+	case 28:
+		if s := h.machine.Status(); s.Role == plugin.RolePrimary && s.State == Protected {
+			w.faults++ // it kills a copy, on purpose
+			local(EventUserFailover)
+		}
 	default:
 		local(EventTick)
 	}

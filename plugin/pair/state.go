@@ -155,7 +155,7 @@ func Transitions() []Transition {
 		{p, Cloning, Failed, "QEMU died, or the other host owns the epoch"},
 		{p, Protected, GoingLive, "backup lost, or protection taken away"},
 		{p, Protected, Unprotected, "power-off"},
-		{p, Protected, Failed, "QEMU or plugin died, or the other host owns the epoch"},
+		{p, Protected, Failed, "QEMU or plugin died, failover asked for, or the other host owns the epoch"},
 		{p, GoingLive, Live, "arbiter won"},
 		{p, GoingLive, Unprotected, "power-off"},
 		{p, GoingLive, Failed, "arbiter lost, or QEMU died"},

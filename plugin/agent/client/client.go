@@ -69,6 +69,7 @@ type Status struct {
 	CloneRemaining   int64   `json:"clone_remaining,omitempty" yaml:"clone_remaining,omitempty"`
 	ClonePause       float64 `json:"clone_pause_ms" yaml:"clone_pause_ms"`
 	Failure          string  `json:"failure,omitempty" yaml:"failure,omitempty"`
+	Retry            float64 `json:"retry_s,omitempty" yaml:"retry_s,omitempty"`
 }
 
 // String is the line that messages show: who, what and why.
@@ -79,6 +80,9 @@ func (s Status) String() string {
 	}
 	if s.Failure != "" {
 		text += ", failure: " + s.Failure
+	}
+	if s.Retry > 0 {
+		text += fmt.Sprintf(", next try in %.0f s", s.Retry)
 	}
 	return text
 }
@@ -242,6 +246,27 @@ func (c *Client) Enable(ctx context.Context, domain, peer string) error {
 // Disable takes protection away; the domain runs on.
 func (c *Client) Disable(ctx context.Context, domain string) error {
 	return c.post(ctx, "/v1/disable", enableRequest{Domain: domain})
+}
+
+// Failover hands a domain that runs on the host over to its backup.
+func (c *Client) Failover(ctx context.Context, domain string) error {
+	return c.post(ctx, "/v1/failover", enableRequest{Domain: domain})
+}
+
+// RestartBackup discards the backup of a domain that runs on the host and makes
+// another, on peer unless that is empty.
+func (c *Client) RestartBackup(ctx context.Context, domain, peer string) error {
+	return c.post(ctx, "/v1/restart-backup", enableRequest{domain, peer})
+}
+
+// Suspend takes protection away until Resume, which brings it back as it was.
+func (c *Client) Suspend(ctx context.Context, domain string) error {
+	return c.post(ctx, "/v1/suspend", enableRequest{Domain: domain})
+}
+
+// Resume undoes Suspend.
+func (c *Client) Resume(ctx context.Context, domain string) error {
+	return c.post(ctx, "/v1/resume", enableRequest{Domain: domain})
 }
 
 // Events calls f with the events that the agent keeps, oldest first, and with

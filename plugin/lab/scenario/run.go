@@ -71,7 +71,11 @@ func (r *run) inLab(ctx context.Context, name string, scenario func(context.Cont
 	r.say("starting lab %s: two hosts with their own libvirtd and ftvirt agent, and a client", r.Name)
 	r.Bed, err = Up(ctx, lab.Options{
 		Name: r.Name, Bin: r.Bin, Guest: artifacts, Ephemeral: !r.Keep,
-		Configure: func(c *config.Config) { c.Replay.LogDir = logDir },
+		Configure: func(c *config.Config) {
+			c.Replay.LogDir = logDir
+			// The scenario says when there is a backup.
+			c.Protect.Auto = false
+		},
 	})
 	if err != nil {
 		return "", err
