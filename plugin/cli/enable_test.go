@@ -83,6 +83,8 @@ func TestWaitProtected(t *testing.T) {
 		"failed before":         {failed, []any{failed, clone, at("protected", "none", 1)}, 1, nil, ""},
 		"enabled when live":     {at("live", "backup-lost", 0), []any{at("live", "backup-lost", 0), clone, at("protected", "none", 1)}, 1, nil, ""},
 		"broken after switch":   {idle, []any{clone, at("going-live", "backup-lost", 1), at("live", "backup-lost", 1)}, 1, errNotProtected, "live (backup-lost)"},
+		"protected already":     {at("protected", "none", 1), []any{at("protected", "none", 1)}, 0, nil, ""},
+		"begun already":         {clone, []any{clone, at("protected", "none", 1)}, 1, nil, ""},
 		"agent ended":           {idle, []any{clone, gone}, 1, gone, ""},
 		"never taken up":        {idle, []any{idle}, 0, context.DeadlineExceeded, ""},
 		"never comes to an end": {idle, []any{clone}, -1, context.DeadlineExceeded, ""},
@@ -113,9 +115,11 @@ func TestWaitProtected(t *testing.T) {
 
 func TestEnableWait(t *testing.T) {
 	t.Parallel()
+	idle := protected()
+	idle.State = "unprotected"
 	f := serve(t, map[string]any{
 		"GET /v1/domains/web": agent.DomainInfo{Domain: "web", UUID: webID, Running: true},
-		statusPath:            protected(),
+		statusPath:            idle,
 		"POST /v1/enable":     struct{}{},
 	})
 	// The status never changes, as if the agent did not take the wish up.
