@@ -72,6 +72,9 @@ type StoreConfig struct {
 	MaxArray uint32
 	// Clock tells when bytes arrive.
 	Clock func() time.Time
+	// Spool, if not nil, gets a copy of what is held, before it may be
+	// acknowledged.
+	Spool *Spool
 }
 
 // DefaultStoreConfig holds minutes of a busy guest's log.
@@ -129,6 +132,11 @@ type Store struct {
 
 // NewStore makes a store for the log of an epoch, from position 0.
 func NewStore(l rrlog.Layout, cfg StoreConfig) (*Store, error) {
+	return makeStore(l, cfg, 0)
+}
+
+// makeStore makes one from a position on that is the end of an event.
+func makeStore(l rrlog.Layout, cfg StoreConfig, start plugin.Position) (*Store, error) {
 	if cfg.Clock == nil {
 		return nil, fmt.Errorf("%w: the store has no clock", ErrConfig)
 	}
@@ -139,8 +147,9 @@ func NewStore(l rrlog.Layout, cfg StoreConfig) (*Store, error) {
 	}
 	return &Store{
 		cfg:     cfg,
-		dec:     rrlog.NewDecoder(l, rrlog.MaxArray(cfg.MaxArray)),
+		dec:     rrlog.NewDecoder(l, rrlog.MaxArray(cfg.MaxArray), rrlog.StartAt(start, 0)),
 		samples: make([]arrival, arrivals),
+		base:    start - start%storeChunk, released: start, lent: start, next: start, end: start,
 	}, nil
 }
 
@@ -228,15 +237,17 @@ func (s *Store) add(data []byte) {
 		// Keep up to the boundary what belongs to whole events.
 		data = data[:max(0, int(s.dec.Boundary())-int(s.end))]
 	}
+	s.cfg.Spool.write(data)
 	for len(data) > 0 {
 		off := int(s.end - s.base)
-		if off/storeChunk == len(s.chunks) {
+		for off/storeChunk >= len(s.chunks) {
 			s.chunks = append(s.chunks, s.newChunk())
 		}
 		n := copy(s.chunks[off/storeChunk][off%storeChunk:], data)
 		s.end += plugin.Position(n)
 		data = data[n:]
 	}
+	s.cfg.Spool.boundary(s.end, s.dec.Boundary())
 	s.arrived()
 	if s.dec.Boundary() != before {
 		s.more.notify()
@@ -327,6 +338,7 @@ func (s *Store) Release(pos plugin.Position) error {
 	}
 	if pos > s.released {
 		s.released = pos
+		s.cfg.Spool.release(pos)
 		s.trim()
 		s.room.notify()
 	}
@@ -417,7 +429,8 @@ func (s *Store) Lag(pos plugin.Position) time.Duration {
 
 // StoreStats is a snapshot of a [Store].
 type StoreStats struct {
-	// Received counts the bytes received since the epoch began.
+	// Received counts the bytes received since the epoch began, those that an
+	// earlier agent received included.
 	Received uint64 `json:"received"`
 	// Boundary is the end of the last whole event, Given that of what Next gave
 	// out, Released that of what was consumed.

@@ -22,6 +22,11 @@ type Config struct {
 	// Stopping is the grace for a primary whose agent announced its stop: it
 	// may be restarting.
 	Stopping int
+	// Away is the same for a backup whose agent did, which is shorter: outputs
+	// wait for it.
+	Away int
+	// Adopt is how long an adopted copy's session may take to come back.
+	Adopt int
 	// Stall is how long a clone may go without EventCloneProgress, on either
 	// side, before it is given up.
 	Stall int
@@ -46,6 +51,8 @@ func DefaultConfig() Config {
 	return Config{
 		Grace:    10,  // 500 ms
 		Stopping: 100, // 5 s
+		Away:     20,  // 1 s
+		Adopt:    20,  // 1 s
 		Stall:    600, // 30 s
 		Settle:   100, // 5 s
 		Plugin:   20,  // 1 s
@@ -63,7 +70,8 @@ func (c Config) Validate() error {
 		name  string
 		value int
 	}{
-		{"grace", c.Grace}, {"stopping", c.Stopping}, {"stall", c.Stall}, {"settle", c.Settle}, {"plugin", c.Plugin},
+		{"grace", c.Grace}, {"stopping", c.Stopping}, {"away", c.Away}, {"adopt", c.Adopt},
+		{"stall", c.Stall}, {"settle", c.Settle}, {"plugin", c.Plugin},
 		{"promote", c.Promote}, {"answer", c.Answer}, {"retry-min", c.RetryMin}, {"retry-max", c.RetryMax},
 		{"remove", c.Remove},
 	} {

@@ -18,6 +18,11 @@ const (
 	EventUserDisable
 	// EventUserFailover: let the backup take over from the domain here.
 	EventUserFailover
+	// EventAdopt: an earlier agent of this host left a copy of Epoch, which
+	// runs on: one that records, or that went live, as the primary, or with
+	// Role one that replays. Alone tells that the epoch is no longer
+	// undecided, so that nothing is to be waited for.
+	EventAdopt
 	// EventPrepareBackup: the primary on host Peer asks this host to become
 	// the backup of Epoch.
 	EventPrepareBackup
@@ -79,7 +84,7 @@ const (
 
 var eventNames = [numEvents]string{
 	"tick",
-	"enable", "user-disable", "user-failover", "prepare-backup",
+	"enable", "user-disable", "user-failover", "adopt", "prepare-backup",
 	"clone-progress", "clone-failed", "switched", "primary-switched", "clone-loaded", "backup-running",
 	"plugin-lost", "plugin-restored", "qemu-died", "domain-stopped", "local-diverged", "went-live",
 	"session-lost", "session-restored", "peer-dead", "peer-qemu-died", "peer-diverged", "peer-stopping",
@@ -109,8 +114,12 @@ type Event struct {
 	// arbiter. Events of another epoch than the machine's are dropped. On
 	// local events 0 stands for the machine's own.
 	Epoch plugin.Epoch
-	// Peer is the other host: EventEnable, EventPrepareBackup.
+	// Peer is the other host: EventEnable, EventPrepareBackup, EventAdopt.
 	Peer string
+	// Role is what the copy was: EventAdopt.
+	Role plugin.Role
+	// Alone: EventAdopt.
+	Alone bool
 	// Reason may refine EventCloneFailed and EventDiscard.
 	Reason Reason
 	// Winner is the host that owns the epoch: EventArbiterLost.

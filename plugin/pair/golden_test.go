@@ -111,6 +111,10 @@ func parseEvent(text string) (ev Event, times int, err error) {
 			ev.Epoch = plugin.Epoch(n)
 		case "peer":
 			ev.Peer = value
+		case "role":
+			ev.Role = plugin.Role(value)
+		case "alone":
+			ev.Alone = true
 		case "winner":
 			ev.Winner = value
 		case "reason":

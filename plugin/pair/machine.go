@@ -29,6 +29,8 @@ type Machine struct {
 	loaded, primarySwitched, running bool
 
 	sessionLost bool
+	// adopted: the peer may have missed what an earlier agent had to tell.
+	adopted bool
 	// grace counts down while a loss may heal; 0 means that none is pending.
 	grace     int
 	graceFor  Reason
@@ -84,7 +86,7 @@ func (m *Machine) Status() Status {
 // a line in the log: the peer may be late, wrong or hostile.
 func (m *Machine) Step(ev Event) []Action {
 	m.out = nil
-	if ev.Epoch != m.epoch && (ev.Epoch != 0 || ev.Kind.fenced()) && ev.Kind != EventEnable && ev.Kind != EventPrepareBackup {
+	if ev.Epoch != m.epoch && (ev.Epoch != 0 || ev.Kind.fenced()) && ev.Kind != EventEnable && ev.Kind != EventPrepareBackup && ev.Kind != EventAdopt {
 		m.logf("dropped %s of epoch %d: epoch is %d", ev.Kind, ev.Epoch, m.epoch)
 		return m.out
 	}
@@ -95,6 +97,8 @@ func (m *Machine) Step(ev Event) []Action {
 		m.enable(ev)
 	case EventPrepareBackup:
 		m.prepare(ev)
+	case EventAdopt:
+		m.adopt(ev)
 	case EventArbiterWon:
 		m.arbiterWon()
 	case EventArbiterLost:
@@ -152,11 +156,38 @@ func (m *Machine) prepare(ev Event) {
 
 // begin forgets the epoch before and enters the new one.
 func (m *Machine) begin(part plugin.Role, ev Event) {
+	m.renew(part, ev)
+	m.becomeCloning(Initialising)
+}
+
+func (m *Machine) renew(part plugin.Role, ev Event) {
 	*m = Machine{
 		cfg: m.cfg, state: m.state, reason: m.reason, out: m.out, onTransition: m.onTransition,
 		epoch: ev.Epoch, peer: ev.Peer, part: part, vm: true,
 	}
-	m.becomeCloning(Initialising)
+}
+
+// adopt takes up a copy that an earlier agent of this host left. Of a pair, each
+// side is as it was but for the session; of one that is over only the arbiter
+// knows who may go on.
+func (m *Machine) adopt(ev Event) {
+	if m.state != Unprotected || ev.Epoch <= m.epoch {
+		m.logf("refused to adopt a copy of epoch %d: domain is %s", ev.Epoch, m.Status())
+		return
+	}
+	m.renew(plugin.RolePrimary, ev)
+	if ev.Role == plugin.RoleBackup {
+		m.part, m.loaded, m.primarySwitched, m.running = plugin.RoleBackup, true, true, true
+	} else {
+		m.switched = true
+	}
+	if ev.Alone {
+		m.goLive(AgentRestarted)
+		return
+	}
+	m.becomeProtected(AgentRestarted)
+	m.sessionLost, m.adopted = true, true
+	m.grace, m.graceFor = m.cfg.Adopt, LostConnection
 }
 
 func (m *Machine) tick() {

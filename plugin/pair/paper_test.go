@@ -101,7 +101,6 @@ func TestBackupFails(t *testing.T) {
 	for kind, reason := range map[EventKind]Reason{
 		EventPeerQEMUDied: BackupLost,
 		EventPeerDiverged: Divergence,
-		EventPeerStopping: PeerStopping,
 		EventPeerDead:     PeerAgentLost,
 	} {
 		s := protectedPrimary(t)

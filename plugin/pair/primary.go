@@ -78,18 +78,27 @@ func (m *Machine) stepRecording(ev Event) {
 		}
 	case EventSessionLost:
 		m.sessionLost = true
+		if m.stopping > 0 {
+			m.lose(PeerStopping, max(m.cfg.Grace, m.stopping))
+			return
+		}
 		m.lose(LostConnection, m.cfg.Grace)
 	case EventSessionRestored:
 		m.heal()
 	case EventPeerDead:
+		if m.stopping > 0 {
+			m.lose(PeerAgentLost, m.stopping)
+			return
+		}
 		m.goLive(PeerAgentLost)
 	case EventPeerQEMUDied:
 		m.goLive(BackupLost)
 	case EventPeerDiverged:
 		m.goLive(Divergence)
 	case EventPeerStopping:
-		// Waiting for the backup to come back would hold the outputs.
-		m.goLive(PeerStopping)
+		// The backup's agent may be restarting. Outputs wait for it, so not
+		// for long.
+		m.stopping = m.cfg.Away
 	case EventPluginLost:
 		m.pluginOut = m.cfg.Plugin
 	case EventPluginRestored:
@@ -119,6 +128,11 @@ func (m *Machine) heal() {
 	if m.state == Protected {
 		m.becomeProtected(ReasonNone)
 	}
+	if m.adopted && m.part == rolePrimary {
+		// Whether its backup was told is not known any more.
+		m.notify(NotifySwitched)
+	}
+	m.adopted = false
 }
 
 func (m *Machine) graceReason() Reason {

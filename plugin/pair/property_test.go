@@ -69,17 +69,23 @@ func newWorld(seed uint64, seen map[Transition]bool) *world {
 		available: true, seen: seen,
 	}
 	for i := range w.host {
-		m, err := New(Config{
-			Grace: 3, Stopping: 8, Stall: 20, Settle: 8, Plugin: 4, Promote: 30, Answer: 6, RetryMin: 1, RetryMax: 4, Remove: 3,
-		})
-		if err != nil {
-			panic(err)
-		}
-		m.onTransition = func(t Transition) { w.seen[t] = true }
-		w.host[i] = &hostModel{machine: m}
+		w.host[i] = &hostModel{}
+		w.newMachine(w.host[i])
 	}
 	w.host[0].alive, w.host[0].seen = true, true
 	return w
+}
+
+// newMachine is what an agent begins with.
+func (w *world) newMachine(h *hostModel) {
+	m, err := New(Config{
+		Grace: 3, Stopping: 8, Away: 4, Adopt: 4, Stall: 20, Settle: 8, Plugin: 4, Promote: 30, Answer: 6, RetryMin: 1, RetryMax: 4, Remove: 3,
+	})
+	if err != nil {
+		panic(err)
+	}
+	m.onTransition = func(t Transition) { w.seen[t] = true }
+	h.machine = m
 }
 
 func (w *world) step(side int, ev Event) {
@@ -331,9 +337,46 @@ func (w *world) chance() {
 			w.faults++ // it kills a copy, on purpose
 			local(EventUserFailover)
 		}
+	case 29:
+		w.restartAgent(side)
 	default:
 		local(EventTick)
 	}
+}
+
+// restartAgent lets a host's agent lose all that it knew, and take up what it
+// finds. It tells its peer before, or does not.
+func (w *world) restartAgent(side int) {
+	h, peer := w.host[side], w.host[1-side]
+	old := h.machine
+	s := old.Status()
+	if s.State == Protected && w.rng.IntN(2) == 0 {
+		w.step(1-side, Event{Kind: EventPeerStopping, Epoch: s.Epoch})
+	}
+	w.newMachine(h)
+	w.trace = append(w.trace, entry{op: fmt.Sprintf("%c restarts its agent", 'A'+side)})
+	if !h.alive {
+		return
+	}
+	owner, decided := w.owner[s.Epoch]
+	decided = decided || w.closed[s.Epoch] || s.Epoch != w.newest
+	adopt := Event{Kind: EventAdopt, Epoch: s.Epoch, Peer: "p", Role: s.Role, Alone: decided}
+	switch {
+	case h.seen && s.Role != plugin.RoleBackup && s.State != Live:
+		return // an ordinary domain
+	case h.seen:
+		// The arbiter says whose it is, for one that went live as well.
+		adopt.Role, adopt.Alone = plugin.RolePrimary, true
+	case s.Role == plugin.RoleBackup && (!old.entitled() || !old.running || decided && owner != side):
+		w.faults++
+		h.alive = false // nobody can feed it
+		w.step(side, Event{Kind: EventQEMUDied})
+		if ps := peer.machine.Status(); ps.Epoch == s.Epoch {
+			w.later("refuse", func() { w.step(1-side, Event{Kind: EventPeerQEMUDied, Epoch: s.Epoch}) })
+		}
+		return
+	}
+	w.step(side, adopt)
 }
 
 func runWorld(t *testing.T, seed uint64, seen map[Transition]bool) {

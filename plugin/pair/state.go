@@ -79,6 +79,8 @@ const (
 	// NeedsRestart: going live did not come to its end; the domain must be
 	// started afresh.
 	NeedsRestart
+	// AgentRestarted: an agent that was restarted took the copy up.
+	AgentRestarted
 	// Unfenced: the copy went live without the arbiter and was killed for it.
 	Unfenced
 	numReasons
@@ -87,7 +89,7 @@ const (
 var reasonNames = [numReasons]string{
 	"none", "not-enabled", "initialising", "backup-lost", "primary-lost", "lost-connection",
 	"peer-agent-lost", "arbiter-lost", "arbiter-unavailable", "divergence", "clone-failed",
-	"user-request", "powered-off", "qemu-died", "plugin-lost", "peer-stopping", "needs-restart", "unfenced",
+	"user-request", "powered-off", "qemu-died", "plugin-lost", "peer-stopping", "needs-restart", "agent-restarted", "unfenced",
 }
 
 func (r Reason) String() string { return name(reasonNames[:], r) }
@@ -148,6 +150,8 @@ func Transitions() []Transition {
 	const p, b = plugin.RolePrimary, plugin.RoleBackup
 	return []Transition{
 		{p, Unprotected, Cloning, "enable"},
+		{p, Unprotected, Protected, "taken up by an agent that was restarted"},
+		{p, Unprotected, GoingLive, "taken up by an agent that was restarted, alone"},
 		{p, Unprotected, Failed, "QEMU died, or the other host owns the epoch"},
 		{p, Cloning, Unprotected, "clone failed or stopped before the switch; power-off"},
 		{p, Cloning, Protected, "backup runs"},
@@ -166,6 +170,8 @@ func Transitions() []Transition {
 		{p, Failed, Unprotected, "protection taken away"},
 
 		{b, Unprotected, Cloning, "asked to be the backup"},
+		{b, Unprotected, Protected, "taken up by an agent that was restarted"},
+		{b, Unprotected, GoingLive, "taken up by an agent that was restarted, having won"},
 		{b, Cloning, Unprotected, "discarded: clone failed, or the primary was lost too early"},
 		{b, Cloning, Protected, "loaded, primary switched, backup runs"},
 		{b, Cloning, GoingLive, "primary lost after the switch"},
