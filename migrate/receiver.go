@@ -114,6 +114,17 @@ func (r *Receiver) Prepare(ctx context.Context, req PrepareRequest) (err error) 
 	return r.export(ctx)
 }
 
+// Adopt takes up a backup that another Receiver made in epoch, for Discard to
+// remove. It finds its replicas by their names.
+func (r *Receiver) Adopt(epoch plugin.Epoch) error {
+	files, err := filepath.Glob(filepath.Join(r.DiskDir, fmt.Sprintf("ftvirt-%s-*-%d.*", r.Domain, epoch)))
+	if err != nil {
+		return err
+	}
+	r.epoch, r.files, r.created = epoch, files, true
+	return nil
+}
+
 func (r *Receiver) makeReplica(ctx context.Context, d Disk) (string, error) {
 	if d.Format != "raw" && d.Format != "qcow2" {
 		return "", fmt.Errorf("%w %q: use raw or qcow2", ErrFormat, d.Format)

@@ -43,6 +43,7 @@ type Agent struct {
 	mu      sync.Mutex
 	domains map[plugin.UUID]*domain
 	ctx     context.Context // of Run; domains live in it
+	started time.Time
 	wg      sync.WaitGroup
 }
 
@@ -106,7 +107,7 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	group, ctx := errgroup.WithContext(ctx)
-	a.ctx = ctx
+	a.ctx, a.started = ctx, time.Now()
 	group.Go(func() error {
 		select {
 		case <-outer.Done():

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"sync"
 	"time"
 
@@ -52,7 +53,9 @@ func (d *domain) serve(ctx context.Context, in *channel.Incoming) {
 	switch {
 	case in.Hello.Purpose == channel.PurposeSession && mine:
 		b.resume(ctx, in)
-	case in.Hello.Purpose == channel.PurposeSession && in.Hello.Target == targetResume:
+	case in.Hello.Purpose == channel.PurposeSession && in.Hello.Target != "" && time.Since(d.a.started) < settleTime:
+		_ = in.Refuse(ctx, channel.RefuseBusy, "this agent has just started; ask again")
+	case in.Hello.Purpose == channel.PurposeSession && in.Hello.Target != "":
 		_ = in.Refuse(ctx, channel.RefuseEpoch, fmt.Sprintf("this host has no log of epoch %d", in.Hello.Epoch))
 	case in.Hello.Purpose == channel.PurposeSession:
 		d.beginBackup(ctx, in)
@@ -83,12 +86,7 @@ func (d *domain) beginBackup(ctx context.Context, in *channel.Incoming) {
 		_ = in.Refuse(ctx, channel.RefuseBusy, fmt.Sprintf("domain %s is %s on %s", d.id, status, d.a.cfg.Host))
 		return
 	}
-	b := &backup{d: d, epoch: h.Epoch, peer: h.From, fed: make(chan struct{})}
-	b.ctx, b.cancel = context.WithCancel(d.a.ctx)
-	b.receiver = &migrate.Receiver{
-		Local: hypervisor{d.a.virt}, Domain: d.id, Dir: d.a.cloneDir(d.id), DiskDir: d.a.cfg.Clone.DiskDir,
-		Describe: d.describeBackup, Attached: b.waitVM,
-	}
+	b := d.newBackup(h.From, h.Epoch)
 	d.mu.Lock()
 	if d.backup != nil {
 		d.backup.stop()
@@ -141,6 +139,9 @@ func (b *backup) resume(ctx context.Context, in *channel.Incoming) {
 	var end plugin.Position
 	if store := b.log(); store != nil {
 		end = store.End()
+		if in.Hello.Target == targetAdopt {
+			end = store.Boundary()
+		}
 	}
 	b.open(ctx, in, end, true)
 }
@@ -177,11 +178,16 @@ func (b *backup) open(ctx context.Context, in *channel.Incoming, end plugin.Posi
 }
 
 func (b *backup) beginHeartbeat(_ context.Context, r heartbeatRequest) (any, error) {
-	h, err := b.d.beat(b.ctx, b.epoch, b.peer, r.Key, func() bool {
+	ctx, cancel := context.WithCancel(b.ctx)
+	b.mu.Lock()
+	b.beats.stop() // those of the session before
+	b.mu.Unlock()
+	h, err := b.d.beat(ctx, b.epoch, b.peer, r.Key, func() bool {
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		return b.vm == nil || b.vm.Alive()
 	})
+	h.cancel = cancel
 	b.mu.Lock()
 	b.beats = h
 	b.mu.Unlock()
@@ -223,7 +229,8 @@ func (b *backup) discard(ctx context.Context) error {
 			b.d.a.log.Error("cannot kill QEMU", "domain", b.d.label(), "error", err)
 		}
 	}
-	return b.receiver.Discard(ctx)
+	err := b.receiver.Discard(ctx)
+	return errors.Join(err, os.RemoveAll(b.spoolDir()))
 }
 
 // tunnel connects the primary's QEMU with this host's.
@@ -283,17 +290,20 @@ func (b *backup) attach(v *vm) bool {
 		return false
 	}
 	b.mu.Lock()
-	first := b.vm == nil
+	fresh := b.stored == nil
 	b.vm = v
 	b.mu.Unlock()
-	if first {
+	if fresh {
 		layout, err := rrlog.LayoutFor(v.Hello().QEMU.Major, v.Hello().QEMU.Minor)
 		if err != nil {
 			b.d.a.log.Error("backup", "error", err)
 			return false
 		}
-		cfg := channel.DefaultStoreConfig()
-		cfg.Limit = int(b.d.a.cfg.Channel.ReceiveBuffer)
+		cfg := b.storeConfig()
+		if cfg.Spool, err = channel.NewSpool(b.spoolDir(), b.d.a.log); err != nil {
+			b.d.a.log.Warn("a restart of the agent would cost the backup", "domain", b.d.label(), "error", err)
+			cfg.Spool = nil
+		}
 		store, err := channel.NewStore(layout, cfg)
 		if err != nil {
 			b.d.a.log.Error("backup", "error", err)

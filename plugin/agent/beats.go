@@ -16,7 +16,17 @@ import (
 )
 
 // beats are the heartbeats of one epoch; the zero value has none.
-type beats struct{ peer *detect.Peer }
+type beats struct {
+	peer   *detect.Peer
+	cancel context.CancelFunc
+}
+
+// stop ends them.
+func (b beats) stop() {
+	if b.cancel != nil {
+		b.cancel()
+	}
+}
 
 // progress notes that something came from the peer by the channel.
 func (b beats) progress() {
@@ -62,7 +72,7 @@ func (d *domain) beat(ctx context.Context, epoch plugin.Epoch, peer string, key 
 			}
 		}
 	})
-	return beats{p}, nil
+	return beats{peer: p}, nil
 }
 
 // register waits for the heartbeats of the epoch before to end.

@@ -9,7 +9,6 @@ import (
 	"sync"
 	"time"
 
-	"ftvirt.org/ftvirt/arbiter"
 	"ftvirt.org/ftvirt/migrate"
 	"ftvirt.org/ftvirt/plugin"
 	"ftvirt.org/ftvirt/plugin/control"
@@ -42,6 +41,8 @@ type domain struct {
 	failure  string // why the last clone failed
 	avoid    string // the peer on which it failed
 	retryAt  time.Time
+
+	adoptions int // of what an earlier agent left, under way
 
 	enabling sync.Mutex    // held while a clone is being begun
 	kicked   chan struct{} // wakes keep
@@ -177,19 +178,21 @@ func (d *domain) attach(ctx context.Context, v *vm) {
 	h := v.Hello()
 	switch {
 	case h.Backup && h.Mode == control.ModeReplay:
-		if b != nil && b.attach(v) {
+		switch {
+		case b == nil:
+			d.adopting(func() { d.adoptBackup(ctx, v) })
+		case b.attach(v):
 			if again {
 				d.post(pair.Event{Kind: pair.EventPluginRestored})
 			}
-			return
+		default:
+			d.removeStray(ctx, v, "nobody feeds it")
 		}
-		d.a.log.Warn("a backup that nobody feeds is removed", "domain", h.Domain, "epoch", h.Epoch)
-		d.a.wg.Go(func() { d.destroy(ctx, v) })
 	case h.Mode == control.ModeRecord && p != nil && p.epoch == h.Epoch:
 		p.attach(v)
 		d.post(pair.Event{Kind: pair.EventPluginRestored})
 	case h.Mode == control.ModeRecord || (h.Mode == control.ModeLive && h.Backup):
-		d.a.wg.Go(func() { d.recover(ctx, v) })
+		d.adopting(func() { d.adoptPrimary(ctx, v) })
 	default:
 		d.welcome(v, h.Epoch, 0)
 		if p == nil && h.Mode == control.ModeIdle {
@@ -215,31 +218,6 @@ func (d *domain) welcome(v *vm, epoch plugin.Epoch, resume plugin.Position) {
 	}
 	if err := v.Configure(d.a.cfg.Replay.DivergenceTimeout, d.a.cfg.Replay.TickInterval); err != nil {
 		d.a.log.Warn("plugin", "domain", d.label(), "error", err)
-	}
-}
-
-// recover handles a VM of a pair that an earlier agent of this host cared for:
-// its data path is gone, so the arbiter says whether it may go on.
-func (d *domain) recover(ctx context.Context, v *vm) {
-	epoch := v.Hello().Epoch
-	d.a.log.Info("a domain of an interrupted pair is found", "domain", d.id, "epoch", epoch, "mode", v.Hello().Mode)
-	err := arbiter.AcquireRetry(ctx, d.a.arbiter, d.id, epoch, d.a.cfg.Host, arbiter.Retry{Notify: func(n int, err error, _ time.Duration) {
-		d.a.log.Warn("arbiter", "domain", d.id, "epoch", epoch, "attempt", n, "error", err)
-	}})
-	switch {
-	case ctx.Err() != nil:
-	case err != nil:
-		d.a.log.Warn("the domain is removed: it is stale", "domain", d.id, "epoch", epoch, "error", err)
-		d.record(pair.Failed, pair.ArbiterLost, epoch)
-		d.destroy(ctx, v)
-	default:
-		d.mu.Lock()
-		d.owned = max(d.owned, epoch)
-		d.mu.Unlock()
-		d.welcome(v, epoch, v.Hello().Tail)
-		v.opened.Store(true)
-		d.open(v, epoch)
-		d.record(pair.Live, pair.LostConnection, epoch)
 	}
 }
 

@@ -62,14 +62,14 @@ func (d *domain) keep(ctx context.Context) {
 // under way that would change that.
 func (d *domain) alone() bool {
 	d.mu.Lock()
-	s, v, busy := d.status, d.vm, d.clones > 0
+	s, v, busy := d.status, d.vm, d.clones > 0 || d.adoptions > 0
 	d.mu.Unlock()
 	if v == nil || busy || s.Asking || s.Removing {
 		return false
 	}
 	over := s.State == pair.Unprotected || s.State == pair.Live || s.State == pair.Failed
 	mode := v.reports().Mode
-	return over && (mode == control.ModeIdle || mode == control.ModeLive || mode == control.ModeRecord)
+	return over && (mode == control.ModeIdle || mode == control.ModeLive)
 }
 
 // wish reads the domain's annotation. What the operator wrote into the

@@ -104,7 +104,7 @@ func (a *Agent) probe(ctx context.Context, peer string) (hostInfo, error) {
 	var info hostInfo
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
-	conn, err := a.dial(ctx, peer, plugin.UUID{}, 0, nil)
+	conn, _, err := a.dial(ctx, peer, plugin.UUID{}, 0, "")
 	if err != nil {
 		return info, err
 	}
@@ -147,28 +147,28 @@ func (a *Agent) hostInfo(ctx context.Context) (hostInfo, error) {
 	return info, err
 }
 
-// targetResume, as the target of a session, asks for one that broke.
-const targetResume = "resume"
+// Targets of a session that is not new.
+const (
+	// targetResume asks for one that broke: the log goes on where it was cut.
+	targetResume = "resume"
+	// targetAdopt asks for that of an earlier agent: the log goes on behind the
+	// last whole event, since nothing is known of what was cut.
+	targetAdopt = "adopt"
+)
 
-// dial opens a session with a peer's agent: a new one, or with resume, which is
-// set to where the peer wants the log, one that broke.
-func (a *Agent) dial(ctx context.Context, peer string, id plugin.UUID, epoch plugin.Epoch, resume *plugin.Position) (*channel.Conn, error) {
+// dial opens a session with a peer's agent: a new one, or with a target, the one
+// that was before. It returns where the peer wants the log then.
+func (a *Agent) dial(ctx context.Context, peer string, id plugin.UUID, epoch plugin.Epoch, target string) (*channel.Conn, plugin.Position, error) {
 	p, err := a.cfg.Peer(peer)
 	if err != nil {
-		return nil, err
-	}
-	target := ""
-	if resume != nil {
-		target = targetResume
+		return nil, 0, err
 	}
 	nc, pos, err := channel.Dial(ctx, a.transport, p.Channel, channel.Hello{
 		Purpose: channel.PurposeSession, From: a.cfg.Host, To: peer, Domain: id, Epoch: epoch, Target: target,
 	}, a.channel)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	if resume != nil {
-		*resume = pos
-	}
-	return channel.NewConn(nc, a.channel, nil)
+	conn, err := channel.NewConn(nc, a.channel, nil)
+	return conn, pos, err
 }

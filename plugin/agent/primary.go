@@ -46,6 +46,7 @@ type primary struct {
 	conn   *channel.Conn   // nil while the session is broken
 	expect plugin.Position // of the next byte to send
 	dec    *rrlog.Decoder  // of the log as it was sent, to see a deliberate end
+	layout rrlog.Layout    // for one that is made later
 	acked  plugin.Position
 	lag    time.Duration
 	rate   meter
@@ -128,19 +129,15 @@ func (p *primary) clone(v *vm) error {
 	p.dec = rrlog.NewDecoder(layout)
 	p.mu.Unlock()
 	p.keepLog()
-	conn, err := p.d.a.dial(ctx, p.peer, p.d.id, p.epoch, nil)
+	conn, _, err := p.d.a.dial(ctx, p.peer, p.d.id, p.epoch, "")
 	if err != nil {
 		return err
 	}
 	p.mu.Lock()
 	p.conn, p.vm = conn, v
 	p.mu.Unlock()
-	key := newKey()
-	if err := conn.Call(ctx, methodHeartbeat, heartbeatRequest{Key: key}, nil); err != nil {
-		// Nobody reads from it yet, so that nobody else reports its end.
-		return err
-	}
-	if p.beats, err = p.d.beat(p.ctx, p.epoch, p.peer, key, v.Alive); err != nil {
+	// Nobody reads from it yet, so that nobody else reports its end.
+	if err := p.beginBeats(ctx, conn); err != nil {
 		return err
 	}
 	p.d.a.wg.Go(func() { p.receive(conn) })
@@ -159,6 +156,25 @@ func (p *primary) clone(v *vm) error {
 			p.d.a.log.Info("cloned", "domain", p.d.label(), "epoch", p.epoch, "peer", p.peer, "pause", pause)
 		},
 	})
+	return err
+}
+
+// beginBeats agrees on the heartbeats of a session with the peer.
+func (p *primary) beginBeats(ctx context.Context, conn *channel.Conn) error {
+	p.mu.Lock()
+	v := p.vm
+	p.beats.stop()
+	p.mu.Unlock()
+	key := newKey()
+	if err := conn.Call(ctx, methodHeartbeat, heartbeatRequest{Key: key}, nil); err != nil {
+		return err
+	}
+	beating, cancel := context.WithCancel(p.ctx)
+	h, err := p.d.beat(beating, p.epoch, p.peer, key, v.Alive)
+	h.cancel = cancel
+	p.mu.Lock()
+	p.beats = h
+	p.mu.Unlock()
 	return err
 }
 
@@ -294,9 +310,10 @@ func (p *primary) ended() bool {
 	return p.dec != nil && p.dec.Ended()
 }
 
-// receive serves a session until it breaks, then gets another.
+// receive serves a session until it breaks, then gets another. It does nothing
+// without one.
 func (p *primary) receive(conn *channel.Conn) {
-	for {
+	for conn != nil {
 		err := p.serve(conn)
 		p.mu.Lock()
 		if p.conn == conn {
@@ -309,10 +326,7 @@ func (p *primary) receive(conn *channel.Conn) {
 		}
 		p.d.a.log.Warn("session with the peer broke", "domain", p.d.label(), "peer", p.peer, "error", err)
 		p.d.post(pair.Event{Kind: pair.EventSessionLost, Epoch: p.epoch})
-		if conn = p.reconnect(); conn == nil {
-			return
-		}
-		p.d.post(pair.Event{Kind: pair.EventSessionRestored, Epoch: p.epoch})
+		conn = p.reconnect(targetResume)
 	}
 }
 
@@ -322,7 +336,10 @@ func (p *primary) serve(conn *channel.Conn) error {
 		if err != nil {
 			return err
 		}
-		p.beats.progress()
+		p.mu.Lock()
+		beats := p.beats
+		p.mu.Unlock()
+		beats.progress()
 		switch m.Type {
 		case channel.FrameAck:
 			p.mu.Lock()
@@ -361,26 +378,18 @@ const reconnectPause = 20 * time.Millisecond
 
 // reconnect gets a new session and makes the plugin resume where the peer is.
 // It gives up when the pair is over.
-func (p *primary) reconnect() *channel.Conn {
+func (p *primary) reconnect(target string) *channel.Conn {
 	t := time.NewTicker(reconnectPause)
 	defer t.Stop()
 	for p.d.paired() {
-		var resume plugin.Position
-		ctx, cancel := context.WithTimeout(p.ctx, controlTimeout)
-		conn, err := p.d.a.dial(ctx, p.peer, p.d.id, p.epoch, &resume)
-		cancel()
+		conn, err := p.resume(target)
 		if err == nil {
-			p.mu.Lock()
-			p.conn, p.expect = conn, resume
-			v := p.vm
-			p.mu.Unlock()
-			if v.reports().Mode == ctl.ModeRecord {
-				p.d.welcome(v, p.epoch, resume)
-			}
+			p.d.post(pair.Event{Kind: pair.EventSessionRestored, Epoch: p.epoch})
 			return conn
 		}
-		if errors.As(err, new(*channel.RefusedError)) {
-			// Its agent was restarted: the log that it held is lost.
+		var refused *channel.RefusedError
+		if errors.As(err, &refused) && refused.Code != channel.RefuseBusy {
+			// Its agent was restarted, and the log that it held is lost.
 			p.d.a.log.Warn("the peer has no backup any more", "domain", p.d.label(), "peer", p.peer, "error", err)
 			p.d.post(pair.Event{Kind: pair.EventPeerQEMUDied, Epoch: p.epoch})
 			return nil
@@ -392,6 +401,32 @@ func (p *primary) reconnect() *channel.Conn {
 		}
 	}
 	return nil
+}
+
+// resume tries once to get a session back.
+func (p *primary) resume(target string) (*channel.Conn, error) {
+	ctx, cancel := context.WithTimeout(p.ctx, controlTimeout)
+	defer cancel()
+	conn, from, err := p.d.a.dial(ctx, p.peer, p.d.id, p.epoch, target)
+	if err != nil {
+		return nil, err
+	}
+	// Nobody reads from it yet, so that nobody else reports its end.
+	if err := p.beginBeats(ctx, conn); err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	p.mu.Lock()
+	p.conn, p.expect = conn, from
+	if target == targetAdopt {
+		p.dec = rrlog.NewDecoder(p.layout, rrlog.StartAt(from, 0))
+	}
+	v := p.vm
+	p.mu.Unlock()
+	if v.reports().Mode == ctl.ModeRecord {
+		p.d.welcome(v, p.epoch, from)
+	}
+	return conn, nil
 }
 
 // attach takes the plugin again after its connection broke. What the peer has

@@ -89,6 +89,9 @@ func (d *domain) endData(p *primary, b *backup) {
 		}
 		if b != nil {
 			b.stop()
+			if err := os.RemoveAll(b.spoolDir()); err != nil {
+				d.a.log.Warn("the log of a pair that is over stays", "domain", d.label(), "error", err)
+			}
 		}
 	})
 }

@@ -7,12 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"ftvirt.org/ftvirt/plugin/agent/client"
 	"ftvirt.org/ftvirt/plugin/lab"
+	"ftvirt.org/ftvirt/plugin/lab/labtest"
 	"ftvirt.org/ftvirt/plugin/lab/scenario"
 )
 
@@ -94,21 +96,24 @@ func sameDisks(t *testing.T, vm *scenario.VM, primary, backup *lab.Host) {
 		paths[i], err = vm.DiskPath(t.Context(), h)
 		must(t, err)
 	}
-	// The position covers the order to write, not yet its completion here. And
-	// what the guest's kernel writes back by itself, without a flush, may be in
-	// an image that had its cluster already, but for the other only in QEMU's
-	// cache of where clusters are: each try begins with a flush on both sides.
-	must(t, eventually(t.Context(), 30*time.Second, func() error {
-		if _, err := vm.Quiesce(t.Context()); err != nil {
-			return err
-		}
+	// The position covers the order to write, not yet its completion here, and
+	// what the primary told of its own may be older than the end of the load.
+	err := eventually(t.Context(), 30*time.Second, func() error {
 		out, err := exec.CommandContext(t.Context(), "qemu-img", "compare", "-U", paths[0], paths[1]).CombinedOutput()
 		if err != nil {
-			t.Logf("disks: %v: %s", err, out)
 			return fmt.Errorf("disks: %w: %s", err, out)
 		}
 		return nil
-	}))
+	})
+	if err == nil {
+		return
+	}
+	for i, path := range paths {
+		kept := filepath.Join(labtest.Root(t), "build", "evidence", fmt.Sprintf("%s-%d.qcow2", t.Name(), i))
+		out, err := exec.CommandContext(t.Context(), "cp", path, kept).CombinedOutput()
+		t.Logf("the image is kept as %s (%v%s)", kept, err, out)
+	}
+	t.Fatal(err)
 }
 
 // eventually repeats f until it succeeds, and returns its last error if it does
