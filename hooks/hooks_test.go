@@ -197,6 +197,32 @@ func TestEditsSurvive(t *testing.T) {
 	}
 }
 
+// libvirt shows metadata to whoever may look, passwords only to those who may
+// change: the note must not have them, and they must not get lost either.
+func TestPasswordIsNotNoted(t *testing.T) {
+	t.Parallel()
+	in := read(t, "q35-two-of-each.in.xml")
+	in.Devices.Graphics[0].VNC.Passwd = "open sesame"
+	out, err := Transform(in, options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	noted, err := readOriginal(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text := marshal(t, noted); strings.Contains(text, "sesame") {
+		t.Errorf("the password is in\n%s", text)
+	}
+	plain, err := Plain(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := plain.Devices.Graphics[0].VNC.Passwd; got != "open sesame" {
+		t.Errorf("the password is now %q", got)
+	}
+}
+
 // Without the note, our settings go and libvirt's defaults take their place.
 func TestPlainWithoutNote(t *testing.T) {
 	t.Parallel()

@@ -22,10 +22,16 @@ const (
 	maxOriginal = 4 << 20
 )
 
-// encodeOriginal notes the operator's definition, less the metadata.
+// encodeOriginal notes the operator's definition, less the metadata, and less
+// the displays: libvirt shows metadata to all, passwords to some only.
 func encodeOriginal(dom *libvirtxml.Domain) (string, error) {
 	noted := *dom
 	noted.Metadata = nil
+	if dom.Devices != nil {
+		list := *dom.Devices
+		list.Graphics = nil
+		noted.Devices = &list
+	}
 	text, err := noted.Marshal()
 	if err != nil {
 		return "", fmt.Errorf("note domain %s: %w", dom.Name, err)
