@@ -65,6 +65,7 @@ func (a *Agent) serveAdmin(ctx context.Context, l net.Listener) error {
 		mux.HandleFunc("POST /v1/"+path, post(func(ctx context.Context, r EnableRequest) error { return f(ctx, r.Domain) }))
 	}
 	mux.HandleFunc("POST /v1/restart-backup", post(func(ctx context.Context, r EnableRequest) error { return a.RestartBackup(ctx, r.Domain, r.Peer) }))
+	mux.HandleFunc("GET /v1/diagnosis/{domain}", a.serveDiagnosis)
 	mux.HandleFunc("GET /v1/events", a.serveEvents)
 	a.adminDefinitions(mux)
 	server := &http.Server{

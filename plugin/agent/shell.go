@@ -4,11 +4,8 @@ package agent
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
 	"os"
-	"path/filepath"
 	"time"
 
 	"ftvirt.org/ftvirt/arbiter"
@@ -261,28 +258,6 @@ func (d *domain) describeBackup(xml string, epoch plugin.Epoch, disks map[string
 	}
 	text, err := dom.Marshal()
 	return text, nodes, err
-}
-
-// diagnose keeps what is known of a backup that is about to be discarded.
-func (d *domain) diagnose(epoch plugin.Epoch, v *vm, b *backup) {
-	report := map[string]any{"domain": d.id, "epoch": epoch, "host": d.a.cfg.Host, "time": time.Now()}
-	if v != nil {
-		r := v.reports()
-		report["state"], report["consumed"], report["diverged"] = r.State, r.consumed, r.diverged
-	}
-	if b != nil && b.log() != nil {
-		report["log"] = b.log().Stats()
-	}
-	path := filepath.Join(d.a.cfg.Agent.StateDir, fmt.Sprintf("diagnosis-%s-%d.json", d.id, epoch))
-	text, err := json.MarshalIndent(report, "", "  ")
-	if err == nil {
-		err = os.WriteFile(path, text, 0o600)
-	}
-	if err != nil {
-		d.a.log.Error("cannot keep the diagnosis", "domain", d.label(), "error", err)
-		return
-	}
-	d.a.log.Warn("diagnosis kept", "domain", d.label(), "file", path)
 }
 
 // hypervisor gives the receiver what it needs of libvirt.

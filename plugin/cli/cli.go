@@ -36,7 +36,7 @@ func App() *cli.App {
 		HideVersion: true,
 		Commands: []*cli.Command{
 			enableCommand(), disableCommand(), suspendCommand(), resumeCommand(), failoverCommand(),
-			restartBackupCommand(), migrateBackupCommand(), statusCommand(), listCommand(), checkCommand(), eventsCommand(),
+			restartBackupCommand(), migrateBackupCommand(), statusCommand(), listCommand(), checkCommand(), eventsCommand(), diagnoseCommand(),
 			xmlCommand(), logCommand(), arbiterCommand(), configCommand(), agentCommand(), labcli.Command(),
 		},
 		Action: unknownCommand,

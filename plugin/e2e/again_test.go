@@ -102,3 +102,36 @@ func staysAlone(t *testing.T, b *scenario.Bed, vm *scenario.VM, primary, backup 
 		t.Errorf("%s (%v)", s, err)
 	}
 }
+
+// A whole host dies: its backup's host takes over after the detection's time,
+// and the host that comes back refuses its stale copy and gets the next backup.
+func TestHostDies(t *testing.T) {
+	b, hosta, hostb := bed(t)
+	for _, h := range b.Hosts() {
+		configured(t, b, h, func(c *config.Config) { c.Protect.Auto = true })
+	}
+	vm := start(t, b, hosta, hostb)
+	epoch := again(t, b, vm, hosta, hostb, 0)
+	traffic, err := vm.Traffic(t.Context())
+	must(t, err)
+	t.Cleanup(traffic.Close)
+	// It was cloned while it booted, which is the most that a backup has to follow.
+	_, err = b.Wait(t.Context(), hosta, vm.Name, "the backup to have caught up", 30*time.Second,
+		func(s client.Status) (bool, error) { return s.Lag < 100, nil })
+	must(t, err)
+
+	crashed := time.Now()
+	must(t, hosta.Crash(t.Context()))
+	_, err = b.WaitState(t.Context(), hostb, vm.Name, "live", 15*time.Second)
+	must(t, err)
+	alive(t, traffic, crashed)
+
+	must(t, hosta.Boot(t.Context()))
+	must(t, b.WaitAgent(t.Context(), hosta))
+	refused(t, vm, hosta)
+	again(t, b, vm, hostb, hosta, epoch)
+	alive(t, traffic, time.Now())
+	must(t, traffic.Stop())
+	_, err = vm.VerifyDisk(t.Context(), hostb)
+	must(t, err)
+}

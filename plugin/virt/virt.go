@@ -327,9 +327,17 @@ func (c *Conn) List(ctx context.Context) ([]Info, error) {
 }
 
 // XML gives the domain's description: of the running domain, or with inactive
-// of the persistent definition.
+// of the persistent definition. Passwords are in it.
 func (c *Conn) XML(ctx context.Context, id plugin.UUID, inactive bool) (string, error) {
-	flags := libvirt.DOMAIN_XML_SECURE
+	return c.xml(ctx, id, inactive, libvirt.DOMAIN_XML_SECURE)
+}
+
+// PublicXML gives the same without passwords.
+func (c *Conn) PublicXML(ctx context.Context, id plugin.UUID, inactive bool) (string, error) {
+	return c.xml(ctx, id, inactive, 0)
+}
+
+func (c *Conn) xml(ctx context.Context, id plugin.UUID, inactive bool, flags libvirt.DomainXMLFlags) (string, error) {
 	if inactive {
 		flags |= libvirt.DOMAIN_XML_INACTIVE
 	}

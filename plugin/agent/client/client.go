@@ -269,6 +269,22 @@ func (c *Client) Resume(ctx context.Context, domain string) error {
 	return c.post(ctx, "/v1/resume", enableRequest{Domain: domain})
 }
 
+// Diagnose writes an archive of all that the host knows of a domain, a tar file
+// compressed by gzip.
+func (c *Client) Diagnose(ctx context.Context, domain string, w io.Writer) error {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	body, err := c.do(ctx, http.MethodGet, "/v1/diagnosis/"+url.PathEscape(domain), nil)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = body.Close() }()
+	if _, err := io.Copy(w, body); err != nil {
+		return c.noAnswer(ctx, err)
+	}
+	return nil
+}
+
 // Events calls f with the events that the agent keeps, oldest first, and with
 // those to come if follow is set, until ctx ends or f fails. An agent that ends
 // while it is followed is a *NoAnswerError.
