@@ -143,7 +143,7 @@ func (d *Dir) open(ctx context.Context, domain plugin.UUID, primary, backup stri
 	if err := s.refuseOpen(primary); err != nil {
 		return 0, err
 	}
-	epoch := max(s.rec.Epoch, s.floor) + 1
+	epoch := s.newest() + 1
 	if err := d.makeDomainDir(ctx, domain); err != nil {
 		return 0, err
 	}
@@ -170,18 +170,6 @@ func (d *Dir) open(ctx context.Context, domain plugin.UUID, primary, backup stri
 		}
 	}
 	return 0, fmt.Errorf("%w: domain %s is being opened or forgotten by another host", ErrUnavailable, domain)
-}
-
-// refuseOpen says why no epoch may follow s with the given primary.
-func (s state) refuseOpen(primary string) error {
-	switch {
-	case s.rec.Epoch == 0, s.rec.Closed, s.rec.Owner == primary:
-		return nil
-	case s.rec.Owner != "":
-		return &RefusedError{Record: s.rec, Err: ErrOwned}
-	default:
-		return &RefusedError{Record: s.rec, Err: ErrUndecided}
-	}
 }
 
 // Acquire implements Arbiter.
@@ -219,7 +207,11 @@ func (d *Dir) acquire(ctx context.Context, domain plugin.UUID, epoch plugin.Epoc
 // owned tells whether epoch is decided, and for whom: without an error host is
 // the owner, of an epoch that is still the newest and not closed.
 func (d *Dir) owned(ctx context.Context, domain plugin.UUID, epoch plugin.Epoch, host string) (Record, bool, error) {
-	rec, err := d.member(ctx, domain, epoch, host)
+	s, err := d.load(ctx, domain)
+	if err != nil {
+		return Record{}, false, err
+	}
+	rec, err := s.member(domain, epoch, host)
 	if err != nil || rec.Owner == "" {
 		return rec, false, err
 	}
@@ -232,24 +224,6 @@ func (d *Dir) owned(ctx context.Context, domain plugin.UUID, epoch plugin.Epoch,
 		return rec, true, &LostError{Domain: domain, Epoch: epoch, Winner: rec.Owner, Closed: rec.Closed}
 	}
 	return rec, true, nil
-}
-
-// member gives the record of epoch if that is the newest, and host part of it.
-func (d *Dir) member(ctx context.Context, domain plugin.UUID, epoch plugin.Epoch, host string) (Record, error) {
-	s, err := d.load(ctx, domain)
-	if err != nil {
-		return Record{}, err
-	}
-	switch newest := max(s.rec.Epoch, s.floor); {
-	case epoch <= s.floor || epoch < newest:
-		return Record{}, &StaleError{Domain: domain, Epoch: epoch, Newest: newest}
-	case epoch > newest:
-		return Record{}, fmt.Errorf("%w: domain %s has no epoch %d", ErrNoRecord, domain, epoch)
-	case !s.rec.Member(host):
-		return Record{}, fmt.Errorf("%w: epoch %d of domain %s is between hosts %s and %s, not %s",
-			ErrNotMember, epoch, domain, s.rec.Primary, s.rec.Backup, host)
-	}
-	return s.rec, nil
 }
 
 // Lookup implements Arbiter.
@@ -391,14 +365,6 @@ func (d *Dir) removeUpTo(ctx context.Context, domain plugin.UUID, last plugin.Ep
 		}
 	}
 	return d.syncDir(ctx, dir)
-}
-
-// state is what a domain's directory says.
-type state struct {
-	// rec is the newest epoch that is not void; its Epoch is 0 if none.
-	rec Record
-	// floor is the newest epoch that Forget voided.
-	floor plugin.Epoch
 }
 
 // errChanging: files vanished between the listing and the reading.

@@ -20,10 +20,14 @@ import (
 )
 
 var dirBackend = arbitertest.Backend{
-	New: initDir,
+	Name: "directory",
+	New:  initDir,
 	Connect: func(target string) (arbiter.Arbiter, error) {
-		return arbiter.NewDir(arbiter.DirConfig{Path: target, Timeout: time.Minute})
+		return arbiter.NewDir(arbiter.DirConfig{Path: target, Timeout: time.Minute, Fault: hindered(target)})
 	},
+	Slow:     hinder("slow"),
+	ReadOnly: hinder("read-only"),
+	Full:     hinder("full"),
 	Break: func(t testing.TB, target string) func() {
 		// What a host sees whose mount went away: an empty directory.
 		away := target + ".away"
@@ -75,7 +79,46 @@ var dirBackend = arbitertest.Backend{
 	Processes: true,
 }
 
-func TestMain(m *testing.M) { os.Exit(arbitertest.Main(m, dirBackend)) }
+func TestMain(m *testing.M) { os.Exit(arbitertest.Main(m, dirBackend, quorumBackend)) }
+
+// hinder tells clients of a target, in whatever process, what ails it.
+func hinder(how string) func(testing.TB, string) func() {
+	return func(t testing.TB, target string) func() {
+		path := target + ".hindered"
+		if err := os.WriteFile(path, []byte(how), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return func() {
+			if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+				t.Error(err)
+			}
+		}
+	}
+}
+
+// hindered behaves as hinder told for path.
+func hindered(path string) arbiter.FaultFunc {
+	return func(f arbiter.Fault) error {
+		how, err := os.ReadFile(path + ".hindered")
+		if err != nil || f.After {
+			return nil
+		}
+		switch f.Op {
+		case arbiter.OpReadMarker:
+			if string(how) == "slow" {
+				<-time.After(arbitertest.SlowBy)
+			}
+		case arbiter.OpCreate, arbiter.OpMkdir, arbiter.OpRename:
+			switch string(how) {
+			case "full":
+				return syscall.ENOSPC
+			case "read-only":
+				return syscall.EROFS
+			}
+		}
+		return nil
+	}
+}
 
 func TestDir(t *testing.T) { arbitertest.Run(t, dirBackend) }
 

@@ -2,7 +2,7 @@
 
 package arbiter
 
-// Op names one step that the directory backend takes on its storage.
+// Op names one step that a backend takes on its storage.
 type Op string
 
 // The steps, in the order in which Acquire takes them.
@@ -20,11 +20,21 @@ const (
 	OpRemove     Op = "remove"
 )
 
-// Fault is a point at which a test can interfere with the directory backend.
+// OpRename gives a witness's new record its name.
+const OpRename Op = "rename"
+
+// The steps of the majority backend: its requests to each witness.
+const (
+	OpAsk     Op = "ask"
+	OpPrepare Op = "prepare"
+	OpAccept  Op = "accept" // by a majority: the test-and-set
+)
+
+// Fault is a point at which a test can interfere with a backend.
 type Fault struct {
 	Op Op
-	// Path is the file or directory that the step works on; for OpLink the
-	// final name.
+	// Path is what the step works on: a file or directory, for OpLink the
+	// final name; a witness's address.
 	Path string
 	// After is false before the step is taken, true once it succeeded.
 	After bool

@@ -28,6 +28,8 @@ type kind string
 const (
 	// kindMarker: the directory is an arbiter's, not an unmounted mount point.
 	kindMarker kind = "marker"
+	// kindWitness: the directory is a witness's.
+	kindWitness kind = "witness"
 	// kindOpen: the epoch exists, and these are its hosts.
 	kindOpen kind = "open"
 	// kindOwner: the epoch is decided.

@@ -53,7 +53,9 @@ var impure = []string{"context", "log", "log/slog", "net", "net/http", "os", "os
 var rules = []rule{
 	{packages: []string{"plugin"}, ours: []string{}, pure: true},
 	{packages: []string{"plugin/rrlog", "plugin/pair", "hooks"}, ours: []string{"plugin"}, pure: true},
-	{packages: []string{"plugin/detect", "plugin/control", "plugin/virt", "arbiter"}, ours: []string{"plugin"}},
+	{packages: []string{"arbiter/paxos"}, ours: []string{}, pure: true},
+	{packages: []string{"plugin/detect", "plugin/control", "plugin/virt"}, ours: []string{"plugin"}},
+	{packages: []string{"arbiter"}, ours: []string{"arbiter/paxos", "plugin"}},
 	{packages: []string{"arbiter/arbitertest"}, ours: []string{"arbiter", "plugin"}},
 	{packages: []string{"plugin/config", "plugin/lab/guest"}, ours: []string{}},
 	{packages: []string{"plugin/channel"}, ours: []string{"plugin", "plugin/rrlog"}},

@@ -11,6 +11,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"slices"
 	"testing"
 	"time"
 
@@ -20,6 +21,7 @@ import (
 
 // The environment that makes a test binary a contender instead.
 const (
+	envName   = "FTVIRT_ARBITERTEST_BACKEND"
 	envTarget = "FTVIRT_ARBITERTEST_TARGET"
 	envPoint  = "FTVIRT_ARBITERTEST_CRASH_AT"
 )
@@ -53,12 +55,20 @@ func (a answer) err(o order) error {
 }
 
 // Main runs the tests, or plays a contender if this process was started as
-// one by the suite. Call it from TestMain and exit with what it returns.
-func Main(m *testing.M, b Backend) int {
-	target, contender := os.LookupEnv(envTarget)
+// one by the suite. Call it from TestMain, with all backends that have
+// processes, and exit with what it returns.
+func Main(m *testing.M, backends ...Backend) int {
+	name, contender := os.LookupEnv(envName)
 	if !contender {
 		return m.Run()
 	}
+	target := os.Getenv(envTarget)
+	i := slices.IndexFunc(backends, func(b Backend) bool { return b.Name == name })
+	if i < 0 {
+		fmt.Fprintf(os.Stderr, "error: no backend %q\n", name)
+		return 1
+	}
+	b := backends[i]
 	connect := b.Connect
 	if point := os.Getenv(envPoint); point != "" {
 		connect = func(target string) (arbiter.Arbiter, error) { return b.Crashing(target, point) }
@@ -115,7 +125,7 @@ type contender struct {
 	done func()
 }
 
-func startContender(t testing.TB, target, point string) *contender {
+func startContender(t testing.TB, b Backend, target, point string) *contender {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
@@ -123,7 +133,7 @@ func startContender(t testing.TB, target, point string) *contender {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	cmd := exec.CommandContext(ctx, self)
-	cmd.Env = append(os.Environ(), envTarget+"="+target, envPoint+"="+point)
+	cmd.Env = append(os.Environ(), envName+"="+b.Name, envTarget+"="+target, envPoint+"="+point)
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {
@@ -152,12 +162,12 @@ func testProcessRace(t *testing.T, b Backend) {
 	hosts := []string{hostA, hostB, hostA, hostB}
 	var contenders []*contender
 	for range hosts {
-		c := startContender(t, s.target, "")
+		c := startContender(t, b, s.target, "")
 		defer c.done()
 		contenders = append(contenders, c)
 	}
 	won := make(map[string]int)
-	for round := range Rounds {
+	for round := range b.rounds() {
 		primary, backup := hostA, hostB
 		if rec, err := s.Lookup(t.Context(), s.domain); err == nil && rec.Owner == hostB {
 			primary, backup = hostB, hostA
@@ -193,7 +203,7 @@ func testProcessRace(t *testing.T, b Backend) {
 func testCrash(t *testing.T, b Backend, point string) {
 	crash := func(s *storage, o order) {
 		t.Helper()
-		c := startContender(t, s.target, point)
+		c := startContender(t, b, s.target, point)
 		defer c.done()
 		if err := c.in.Encode(o); err != nil {
 			t.Fatal(err)

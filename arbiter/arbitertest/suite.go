@@ -5,10 +5,13 @@
 package arbitertest
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/rand/v2"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -18,11 +21,15 @@ import (
 	"ftvirt.org/ftvirt/plugin"
 )
 
-// Rounds is how often each race is run.
+// Rounds is how often each race is run unless the backend says otherwise.
 const Rounds = 200
 
 // Backend tells the suite how to reach a kind of storage.
 type Backend struct {
+	// Name tells it from the other backends of the same test binary.
+	Name string
+	// Rounds is how often each race is run; 0 is the constant of that name.
+	Rounds int
 	// New prepares fresh storage and names it, so that other processes can
 	// reach it too.
 	New func(t testing.TB) (target string)
@@ -30,6 +37,9 @@ type Backend struct {
 	Connect func(target string) (arbiter.Arbiter, error)
 	// Break makes the storage unreachable until mend is called.
 	Break func(t testing.TB, target string) (mend func())
+	// Slow makes each operation on the storage take at least SlowBy until mend
+	// is called. ReadOnly makes it take no writes, and Full nothing new.
+	Slow, ReadOnly, Full func(t testing.TB, target string) (mend func())
 	// Damage spoils the record that says who owns the newest epoch, in
 	// several ways; each is called on storage of its own.
 	Damage map[string]func(t testing.TB, target string, domain plugin.UUID, epoch plugin.Epoch)
@@ -41,6 +51,11 @@ type Backend struct {
 	// binary must call Main from its TestMain then.
 	Processes bool
 }
+
+// SlowBy is the least time of an operation on storage that Slow slowed down.
+const SlowBy = 200 * time.Millisecond
+
+func (b Backend) rounds() int { return cmp.Or(b.Rounds, Rounds) }
 
 const (
 	hostA, hostB, hostC = "host-a", "host-b", "host-c"
@@ -64,11 +79,21 @@ func Run(t *testing.T, b Backend) {
 	t.Run("outsiders", func(t *testing.T) { testOutsiders(t, b) })
 	t.Run("close", func(t *testing.T) { testClose(t, b) })
 	t.Run("forget", func(t *testing.T) { testForget(t, b) })
+	t.Run("like the model", func(t *testing.T) { testModel(t, b) })
 	t.Run("race of goroutines", func(t *testing.T) { testRace(t, b) })
 	t.Run("race to open", func(t *testing.T) { testOpenRace(t, b) })
 	t.Run("acquire against close", func(t *testing.T) { testAcquireClose(t, b) })
 	t.Run("storage away and back", func(t *testing.T) { testAway(t, b) })
 	t.Run("contexts", func(t *testing.T) { testContexts(t, b) })
+	if b.Slow != nil {
+		t.Run("slow storage", func(t *testing.T) { testSlow(t, b) })
+	}
+	if b.ReadOnly != nil {
+		t.Run("read-only storage", func(t *testing.T) { testReadOnly(t, b) })
+	}
+	if b.Full != nil {
+		t.Run("full storage", func(t *testing.T) { testFull(t, b) })
+	}
 	for name, damage := range b.Damage {
 		t.Run("damage/"+name, func(t *testing.T) { testDamage(t, b, damage) })
 	}
@@ -303,6 +328,82 @@ func testForget(t *testing.T, b Backend) {
 	s.wantErr(s.Acquire(t.Context(), s.domain, epoch, hostA), arbiter.ErrStale)
 }
 
+// testModel does the same random things to the backend and to Memory, which
+// must give the same answers.
+func testModel(t *testing.T, b Backend) {
+	s := fresh(t, b)
+	model := NewMemory()
+	rng := rand.New(rand.NewPCG(1, 2))
+	ids := []plugin.UUID{newDomain(), newDomain()}
+	hosts := []string{hostA, hostB, hostC}
+	newest := make(map[plugin.UUID]plugin.Epoch)
+	done := make(map[string]int)
+	for step := range b.rounds() {
+		id, host, peer := ids[rng.IntN(2)], hosts[rng.IntN(3)], hosts[rng.IntN(3)]
+		epoch := newest[id] + plugin.Epoch(rng.IntN(12)/11)
+		if epoch > 0 && rng.IntN(12) == 0 {
+			epoch--
+		}
+		var call string
+		var do func(arbiter.Arbiter) (any, error)
+		switch n := rng.IntN(24); {
+		case n < 7:
+			call = fmt.Sprintf("Open(%s, %s)", host, peer)
+			do = func(a arbiter.Arbiter) (any, error) {
+				opened, err := a.Open(t.Context(), id, host, peer)
+				if err == nil {
+					newest[id] = opened
+				}
+				return opened, err
+			}
+		case n < 17:
+			call = fmt.Sprintf("Acquire(%d, %s)", epoch, host)
+			do = func(a arbiter.Arbiter) (any, error) { return nil, a.Acquire(t.Context(), id, epoch, host) }
+		case n < 23:
+			call = fmt.Sprintf("Close(%d, %s)", epoch, host)
+			do = func(a arbiter.Arbiter) (any, error) { return nil, a.Close(t.Context(), id, epoch, host) }
+		default:
+			call = "Forget()"
+			do = func(a arbiter.Arbiter) (any, error) { return nil, a.Forget(t.Context(), id) }
+		}
+		want, wantErr := do(model)
+		got, err := do(s)
+		if got != want || kindOf(err) != kindOf(wantErr) {
+			t.Fatalf("step %d: %s gives %v, %v; the model %v, %v", step, call, got, err, want, wantErr)
+		}
+		done[strings.TrimSpace(strings.Split(call, "(")[0]+" "+kindOf(err))]++
+		wantRec, wantErr := model.Lookup(t.Context(), id)
+		rec, err := s.Lookup(t.Context(), id)
+		// The model keeps no times.
+		rec.OpenedAt, rec.DecidedAt, rec.ClosedAt = time.Time{}, time.Time{}, time.Time{}
+		if rec != wantRec || kindOf(err) != kindOf(wantErr) {
+			t.Fatalf("step %d: after %s: %+v, %v; the model %+v, %v", step, call, rec, err, wantRec, wantErr)
+		}
+	}
+	t.Logf("done: %v", done)
+}
+
+// kindOf tells what kinds of error err is, with the winner if it has one.
+func kindOf(err error) string {
+	var kinds []string
+	for _, kind := range []error{
+		arbiter.ErrLost, arbiter.ErrClosed, arbiter.ErrStale, arbiter.ErrNoRecord, arbiter.ErrNotMember,
+		arbiter.ErrUndecided, arbiter.ErrOwned, arbiter.ErrUnavailable, arbiter.ErrCorrupt, arbiter.ErrInvalid,
+	} {
+		if errors.Is(err, kind) {
+			kinds = append(kinds, kind.Error())
+		}
+	}
+	var lost *arbiter.LostError
+	if errors.As(err, &lost) {
+		kinds = append(kinds, lost.Winner)
+	}
+	if err != nil && kinds == nil {
+		kinds = append(kinds, err.Error())
+	}
+	return strings.Join(kinds, ", ")
+}
+
 // referee collects the answers of a race for one epoch.
 type referee struct {
 	mu      sync.Mutex
@@ -348,7 +449,7 @@ func testRace(t *testing.T, b Backend) {
 	const contenders = 6
 	clients := []arbiter.Arbiter{s.client(), s.client()}
 	won := make(map[string]int)
-	for round := range Rounds {
+	for round := range b.rounds() {
 		primary, backup := hostA, hostB
 		if rec, err := s.Lookup(t.Context(), s.domain); err == nil && rec.Owner == hostB {
 			primary, backup = hostB, hostA
@@ -376,7 +477,7 @@ func testRace(t *testing.T, b Backend) {
 }
 
 func testOpenRace(t *testing.T, b Backend) {
-	for round := range Rounds / 10 {
+	for round := range b.rounds() / 10 {
 		s := fresh(t, b)
 		var racers sync.WaitGroup
 		start := make(chan struct{})
@@ -405,7 +506,7 @@ func testOpenRace(t *testing.T, b Backend) {
 // testAcquireClose races the deliberate power-off against a failover.
 func testAcquireClose(t *testing.T, b Backend) {
 	s := fresh(t, b)
-	for round := range Rounds / 4 {
+	for round := range b.rounds() / 4 {
 		if err := s.Forget(t.Context(), s.domain); err != nil {
 			t.Fatal(err)
 		}
@@ -460,6 +561,78 @@ func testAway(t *testing.T, b Backend) {
 	if rec := s.mustLookup(); rec.Owner != hostA {
 		t.Fatalf("record %+v", rec)
 	}
+}
+
+// testSlow: a host that gives up too early has not won, and those that wait get
+// one outcome.
+func testSlow(t *testing.T, b Backend) {
+	s := fresh(t, b)
+	epoch := s.mustOpen(hostA, hostB)
+	mend := b.Slow(t, s.target)
+	defer mend()
+	ctx, cancel := context.WithTimeout(t.Context(), SlowBy/4)
+	defer cancel()
+	start := time.Now()
+	err := s.Acquire(ctx, s.domain, epoch, hostA)
+	s.wantErr(err, arbiter.ErrUnavailable)
+	s.wantErr(err, context.DeadlineExceeded)
+	if took := time.Since(start); took > 10*SlowBy {
+		t.Errorf("the call took %v, its time was %v", took, SlowBy/4)
+	}
+	ref := newReferee()
+	var racers sync.WaitGroup
+	for _, host := range []string{hostA, hostB} {
+		client := s.client()
+		racers.Go(func() {
+			ref.answer(host, arbiter.AcquireRetry(t.Context(), client, s.domain, epoch, host, arbiter.Retry{Attempt: 20 * SlowBy}))
+		})
+	}
+	racers.Wait()
+	mend()
+	if err := ref.verdict(s.mustLookup(), 2); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// testReadOnly: what is decided can be read, the rest has to wait.
+func testReadOnly(t *testing.T, b Backend) {
+	s := fresh(t, b)
+	decided := s.mustOpen(hostA, hostB)
+	s.mustAcquire(decided, hostA)
+	other := &storage{Arbiter: s.Arbiter, t: t, b: b, target: s.target, domain: newDomain()}
+	undecided := other.mustOpen(hostA, hostB)
+
+	mend := b.ReadOnly(t, s.target)
+	s.mustAcquire(decided, hostA)
+	s.wantLost(s.Acquire(t.Context(), s.domain, decided, hostB), hostA, false)
+	for _, host := range []string{hostA, hostB} {
+		s.wantErr(other.Acquire(t.Context(), other.domain, undecided, host), arbiter.ErrUnavailable)
+		s.wantErr(other.Close(t.Context(), other.domain, undecided, host), arbiter.ErrUnavailable)
+	}
+	if rec := other.mustLookup(); !rec.Undecided() {
+		t.Fatalf("decided on read-only storage: %+v", rec)
+	}
+	_, err := s.Open(t.Context(), s.domain, hostA, hostC)
+	s.wantErr(err, arbiter.ErrUnavailable)
+	mend()
+	other.mustAcquire(undecided, hostB)
+	s.mustOpen(hostA, hostC)
+}
+
+// testFull: a domain that has no place yet gets none, and takes none from the
+// others.
+func testFull(t *testing.T, b Backend) {
+	s := fresh(t, b)
+	decided := s.mustOpen(hostA, hostB)
+	s.mustAcquire(decided, hostB)
+	mend := b.Full(t, s.target)
+	other := &storage{Arbiter: s.Arbiter, t: t, b: b, target: s.target, domain: newDomain()}
+	_, err := other.Open(t.Context(), other.domain, hostA, hostB)
+	s.wantErr(err, arbiter.ErrUnavailable)
+	s.mustAcquire(decided, hostB)
+	s.wantLost(s.Acquire(t.Context(), s.domain, decided, hostA), hostB, false)
+	mend()
+	other.mustAcquire(other.mustOpen(hostA, hostB), hostA)
 }
 
 func testContexts(t *testing.T, b Backend) {
