@@ -79,7 +79,9 @@ var dirBackend = arbitertest.Backend{
 	Processes: true,
 }
 
-func TestMain(m *testing.M) { os.Exit(arbitertest.Main(m, dirBackend, quorumBackend)) }
+func TestMain(m *testing.M) {
+	os.Exit(arbitertest.Main(m, dirBackend, quorumBackend, lunBackend, cachedBackend, reservedBackend))
+}
 
 // hinder tells clients of a target, in whatever process, what ails it.
 func hinder(how string) func(testing.TB, string) func() {
