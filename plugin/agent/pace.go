@@ -21,6 +21,8 @@ const (
 	// paceRelease is how much of the part is given back in each second without
 	// lag.
 	paceRelease = 0.25
+	// paceChange is the least change of the part that is worth telling.
+	paceChange = 0.01
 	// paceStep bounds what a single report may count for.
 	paceStep = 250 * time.Millisecond
 )

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -49,6 +50,8 @@ type primary struct {
 	layout rrlog.Layout    // for one that is made later
 	acked  plugin.Position
 	lag    time.Duration
+	pacer  pacer
+	paced  float64 // part of its time that the primary pauses
 	rate   meter
 
 	keptMu sync.Mutex
@@ -363,13 +366,30 @@ func (p *primary) serve(conn *channel.Conn) error {
 
 func (p *primary) control(c entry) {
 	if c.Kind == kindLag {
-		p.mu.Lock()
-		p.lag = time.Duration(c.LagMicros) * time.Microsecond
-		p.mu.Unlock()
+		p.pace(time.Duration(c.LagMicros) * time.Microsecond)
 		return
 	}
 	if ev, ok := notifyEvent(c); ok {
 		p.d.post(ev)
+	}
+}
+
+// pace takes a report of the backup's lag, and slows the primary down if need be.
+func (p *primary) pace(lag time.Duration) {
+	p.mu.Lock()
+	part := p.pacer.update(lag, time.Now())
+	changed := math.Abs(part-p.paced) >= paceChange || part == 0 && p.paced > 0
+	p.lag = lag
+	if changed {
+		p.paced = part
+	}
+	v := p.vm
+	p.mu.Unlock()
+	if !changed {
+		return
+	}
+	if err := v.Pace(part); err != nil {
+		p.d.a.log.Debug("plugin", "domain", p.d.label(), "error", err)
 	}
 }
 

@@ -33,6 +33,9 @@ type Status struct {
 	// Lag is how far the backup's execution is behind what it received of the
 	// log, at the worst in the last tenth of a second. QEMU tells every 10 ms.
 	Lag float64 `json:"lag_ms" yaml:"lag_ms"`
+	// Slowed is the part of its time that the primary is made to pause, 0 to 1,
+	// so that the backup keeps up.
+	Slowed float64 `json:"slowed" yaml:"slowed"`
 	// LogRate is in bytes per second.
 	LogRate float64 `json:"log_rate" yaml:"log_rate"`
 	// OutputDelay is how long packets waited for their acks on average,
@@ -94,7 +97,7 @@ func (d *domain) report() Status {
 		}
 		st.OutputDelayMax = millis(time.Duration(r.stats.DelayMaxNS))
 		p.mu.Lock()
-		st.Lag, st.LogRate = millis(p.lag), p.rate.rate(now)
+		st.Lag, st.Slowed, st.LogRate = millis(p.lag), p.paced, p.rate.rate(now)
 		p.mu.Unlock()
 	case r.Mode == control.ModeReplay && b != nil && b.log() != nil:
 		st.Position, st.Acked, st.Instructions = r.consumed.Pos, b.log().Boundary(), r.consumed.Icount

@@ -122,6 +122,9 @@ func statusOf(w io.Writer, s client.Status) error {
 		return f.flush()
 	}
 	f.add("Lag", milliseconds(s.Lag))
+	if s.Slowed > 0 {
+		f.add("Slowed", fmt.Sprintf("by %.0f %%, for the backup to keep up", 100*s.Slowed))
+	}
 	f.add("Log rate", byteRate(s.LogRate))
 	f.add("Output delay", fmt.Sprintf("%s, at most %s", milliseconds(s.OutputDelay), milliseconds(s.OutputDelayMax)))
 	f.add("Output queue", fmt.Sprintf("%d waiting, %d dropped", s.OutputQueue, s.OutputDropped))

@@ -133,6 +133,8 @@ func TestCommands(t *testing.T) {
 		{"open", func() error { return s.Open(7) }, frame(frameOpen, 0, 0, 0, 0, 0, 0, 0, 7)},
 		{"idle", s.Idle, frame(frameIdle)},
 		{"configure", func() error { return s.Configure(3*time.Second, 50*time.Millisecond) }, frame(frameConfig, 0, 0, 0x0b, 0xb8, 0, 0, 0, 50)},
+		{"pace", func() error { return s.Pace(0.3) }, frame(framePace, 1, 44)},
+		{"pace too much", func() error { return s.Pace(2) }, frame(framePace, 3, 132)},
 	} {
 		if err := c.send(); err != nil {
 			t.Fatalf("%s: %v", c.name, err)

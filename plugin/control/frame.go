@@ -42,6 +42,7 @@ const (
 	frameOpen
 	frameIdle
 	frameConfig
+	framePace
 )
 
 // Errors of the protocol. A *FrameError wraps one of them.

@@ -162,6 +162,15 @@ func (s *Session) Configure(diverged, tick time.Duration) error {
 	return s.send(frameConfig, uint64(diverged.Milliseconds())<<32|uint64(tick.Milliseconds()))
 }
 
+// PaceMost is the largest part of its time that a vCPU can be made to pause.
+const PaceMost = 0.9
+
+// Pace makes a recording VM's vCPU pause for a part of its time, 0 to
+// [PaceMost], in thousandths. Each epoch begins with 0.
+func (s *Session) Pace(part float64) error {
+	return s.sendBytes(framePace, binary.BigEndian.AppendUint16(nil, uint16(1000*min(max(part, 0), PaceMost))))
+}
+
 // Run reads what the plugin says until the connection ends or ctx does. It
 // returns io.EOF when the plugin went away, as it does when QEMU ends.
 func (s *Session) Run(ctx context.Context, h Handler) error {

@@ -122,6 +122,7 @@ func TestHostDies(t *testing.T) {
 
 	crashed := time.Now()
 	must(t, hosta.Crash(t.Context()))
+	t.Logf("the crash took %v", time.Since(crashed))
 	_, err = b.WaitState(t.Context(), hostb, vm.Name, "live", 15*time.Second)
 	must(t, err)
 	alive(t, traffic, crashed)

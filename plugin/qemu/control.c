@@ -24,7 +24,7 @@
 
 enum frame {
     HELLO = 1, LOG, STATE, CONSUMED, STATS, DIVERGED, ERROR,
-    WELCOME = 64, ARM, DISARM, ACK, FEED, PROMOTE, OPEN, IDLE, CONFIG,
+    WELCOME = 64, ARM, DISARM, ACK, FEED, PROMOTE, OPEN, IDLE, CONFIG, PACE,
 };
 
 /* Log bytes per frame, and how long a lone byte may wait for company. */
@@ -33,6 +33,10 @@ enum frame {
 #define STATS_NS (100 * MS)
 #define CONSUMED_NS (10 * MS)
 #define RECONNECT_MS 100
+/* EVENT_CHECKPOINT + CHECKPOINT_RESET_REQUESTED, and for how long it must be
+ * the next event before nobody else can have asked for it. */
+#define RESET_REQUESTED_KIND 32
+#define RESET_NS (20 * MS)
 
 /* Only the io thread touches these, but for out, which the lock guards. */
 static struct {
@@ -229,6 +233,15 @@ static void watch_divergence(int64_t now)
     }
 }
 
+/* A reset that the guest did not ask for itself, as of 'virsh reset', has to be
+ * asked for here as well: the log only tells when it is due. */
+static bool reset_is_due(int64_t now)
+{
+    return ft.loaded && ft.running && q.replay_state->has_unread_data &&
+           q.replay_state->data_kind == RESET_REQUESTED_KIND &&
+           now - ft.progress_ns >= RESET_NS;
+}
+
 static const char *take_ack(const uint8_t *p, size_t len)
 {
     uint64_t pos;
@@ -344,6 +357,12 @@ static const char *take(enum frame type, const uint8_t *p, size_t len)
         ft.diverge_ns = get(p, 4) * MS;
         ft.tick_ns = get(p + 4, 4) * MS;
         return NULL;
+    case PACE:
+        if (len != 2 || get(p, 2) > FT_PACE_MOST) {
+            return "PACE is 2 bytes, at most 900";
+        }
+        ft.pace = get(p, 2);
+        return NULL;
     default:
         return "unknown frame";
     }
@@ -427,7 +446,7 @@ static bool receive(void)
 static int housekeeping(void)
 {
     int64_t now = ft_now_ns();
-    bool tick = false;
+    bool tick = false, reset = false;
     int wait = 200;
 
     pthread_mutex_lock(&ft.lock);
@@ -445,6 +464,7 @@ static int housekeeping(void)
         wait = ft.connected && ft.sent < ft.ring.head ? 1 : 20;
     } else if (ft.mode == FT_REPLAY) {
         watch_divergence(now);
+        reset = reset_is_due(now);
         if (ft.connected && now - io.consumed_ns >= CONSUMED_NS &&
             (io.reported != ft.ring.tail || now - io.consumed_ns >= STATS_NS)) {
             send_consumed();
@@ -455,6 +475,9 @@ static int housekeeping(void)
     pthread_mutex_unlock(&ft.lock);
     if (tick) {
         q.qemu_notify_event();
+    }
+    if (reset) {
+        ft_mode_schedule_reset();
     }
     return wait;
 }

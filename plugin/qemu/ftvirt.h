@@ -37,6 +37,8 @@ enum ft_mode {
 /* Gate limits: beyond these a packet is lost, as on a full network queue. */
 #define FT_GATE_PACKETS 4096
 #define FT_GATE_BYTES (16u << 20)
+/* Thousandths of its time that a vCPU may be made to pause. */
+#define FT_PACE_MOST 900
 /* A frame from the agent may not be longer than this. */
 #define FT_FRAME_MAX (1u << 20)
 
@@ -91,6 +93,8 @@ struct ft_state {
     bool flush;          /* record: an output waits, do not coalesce */
     int64_t last_log_ns; /* record: when something was logged last */
     int64_t full_since_ns;
+    unsigned pace; /* record: part of its time that the vCPU is to pause, in
+                    * thousandths */
 
     bool starving;           /* replay: a reader waits for the log */
     bool loaded;             /* replay: the VM state has been loaded */
@@ -129,14 +133,19 @@ void ft_ring_put(const uint8_t *from, size_t len);
 void ft_replay_begin(void);
 
 /* mode.c: idle, record, replay, live. */
+extern __thread bool ft_in_vcpu;
 void ft_mode_init(void);
 void ft_mode_schedule_idle(void);
 void ft_mode_open(void);
+void ft_mode_schedule_reset(void);
 void ft_go_live(void);
 
 /* gate.c: the output rule. */
 bool ft_gate_init(const char **why);
 void ft_gate_release(void);
+
+/* pause.c: the guest's PAUSE instruction. */
+bool ft_pause_init(const char **why);
 
 /* control.c: the agent. */
 bool ft_control_init(void);

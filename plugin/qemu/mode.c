@@ -55,9 +55,12 @@ static int invalidate_used(void *obj, void *opaque)
     return 0;
 }
 
+__thread bool ft_in_vcpu;
+
 /* Runs in the vCPU thread with the BQL held. */
 static void flip(void *cpu, uint64_t mode)
 {
+    ft_in_vcpu = true;
     *q.replay_mode = (int)mode;
     q.tlb_flush(cpu);
 }
@@ -107,6 +110,7 @@ static const char *enter_record(void)
     ft.arm = false;
     ft_ring_reset(0);
     ft.mode = FT_RECORD;
+    ft.pace = 0;
     ft.last_log_ns = ft_now_ns();
     pthread_mutex_unlock(&ft.lock);
 
@@ -313,6 +317,58 @@ void ft_mode_schedule_idle(void)
     q.aio_bh_schedule_oneshot_full(ft.main_context, go_idle, NULL, "ftvirt-idle");
 }
 
+static bool requests_in_flight(void)
+{
+    for (void *bs = q.bdrv_next_node(NULL); bs; bs = q.bdrv_next_node(bs)) {
+        if (q.bdrv_drain_poll(bs, NULL, false)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/*
+ * First of all reset handlers. A disk's own handler waits for its requests, and
+ * their completions wait for the vCPU thread, which takes them from the log or
+ * puts them there, and which is paused: it would wait for ever. Both sides have
+ * the same requests in flight, so they take as many completions here.
+ */
+static void complete_requests(void *opaque)
+{
+    void *bs;
+
+    (void)opaque;
+    if (!ft.started || (ft.mode != FT_RECORD && ft.mode != FT_REPLAY) ||
+        !q.replay_mutex_locked()) {
+        return;
+    }
+    for (bs = q.bdrv_next_node(NULL); bs; bs = q.bdrv_next_node(bs)) {
+        q.bdrv_do_drained_begin_quiesce(bs, NULL);
+    }
+    while (requests_in_flight()) {
+        q.replay_async_events();
+        if (requests_in_flight()) {
+            q.aio_poll(ft.main_context, true);
+        }
+    }
+    for (bs = q.bdrv_next_node(NULL); bs; bs = q.bdrv_next_node(bs)) {
+        q.bdrv_drained_end(bs);
+    }
+}
+
+static void reset(void *opaque)
+{
+    (void)opaque;
+    if (!q.qemu_reset_requested_get()) {
+        q.qemu_system_reset_request(Q_SHUTDOWN_HOST_QMP_RESET);
+    }
+}
+
+void ft_mode_schedule_reset(void)
+{
+    q.aio_bh_schedule_oneshot_full(ft.main_context, reset, NULL, "ftvirt-reset");
+}
+
 void ft_mode_init(void)
 {
     static struct q_notifier notifier;
@@ -331,4 +387,5 @@ void ft_mode_init(void)
     q.qemu_add_vm_change_state_handler_prio(starting, NULL, INT_MIN);
     q.qemu_add_vm_change_state_handler_prio(stopping, NULL, INT_MAX);
     q.migration_add_notifier(&notifier, migration_ended);
+    q.qemu_register_reset(complete_requests, NULL);
 }

@@ -72,10 +72,47 @@ void ft_ring_put(const uint8_t *from, size_t len)
     ft.ring.head += len;
 }
 
+/* How often the vCPU's time is looked at, the least pause that is worth a
+ * system call, and the longest for which the main loop may be kept waiting. */
+#define PACE_LOOK_NS INT64_C(200000)
+#define PACE_LEAST_NS INT64_C(500000)
+#define PACE_MOST_NS INT64_C(10000000)
+
+/*
+ * Makes the vCPU pause for a part of its time, so that a backup that is slower
+ * does not fall behind. It holds the replay mutex here, as always while it
+ * executes: for the main loop it is a vCPU that takes longer.
+ */
+static void pace(unsigned part, int64_t now)
+{
+    static int64_t looked_ns, used_ns, owed_ns;
+    struct timespec t;
+    int64_t used, pause;
+
+    if (now - looked_ns < PACE_LOOK_NS) {
+        return;
+    }
+    looked_ns = now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    used = t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
+    owed_ns += (used - used_ns) * part / (1000 - part);
+    used_ns = used;
+    if (owed_ns < PACE_LEAST_NS) {
+        return;
+    }
+    pause = owed_ns < PACE_MOST_NS ? owed_ns : PACE_MOST_NS;
+    /* What one pause cannot make up for is forgotten. */
+    owed_ns = 0;
+    t = (struct timespec){ .tv_nsec = pause };
+    nanosleep(&t, NULL);
+}
+
 /* Called by QEMU with the replay mutex held, in record mode. */
 static ssize_t record_write(void *cookie, const char *buf, size_t size)
 {
     size_t left = size;
+    unsigned part;
+    int64_t now;
 
     (void)cookie;
     pthread_mutex_lock(&ft.lock);
@@ -101,8 +138,12 @@ static ssize_t record_write(void *cookie, const char *buf, size_t size)
         ft_ring_put((const uint8_t *)buf + size - left, n);
         left -= n;
     }
-    ft.last_log_ns = ft_now_ns();
+    ft.last_log_ns = now = ft_now_ns();
+    part = ft.mode == FT_RECORD ? ft.pace : 0;
     pthread_mutex_unlock(&ft.lock);
+    if (part && ft_in_vcpu) {
+        pace(part, now);
+    }
     return size;
 }
 

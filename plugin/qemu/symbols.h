@@ -67,12 +67,26 @@ enum { Q_CLOCK_REALTIME = 0, Q_CLOCK_VIRTUAL = 1, Q_CLOCK_HOST = 2,
 enum { Q_NET_CLIENT_DRIVER_NIC = 1 };
 enum { Q_MIG_EVENT_PRECOPY_DONE = 1, Q_MIG_EVENT_PRECOPY_FAILED = 2 };
 enum { Q_RUN_STATE_PAUSED = 4 };
+enum { Q_SHUTDOWN_HOST_QMP_RESET = 3 };
 enum { Q_CHAR_FEATURE_REPLAY = 2 };
 enum { Q_TIMER_ATTR_ALL = -1 };
 
 /* X(return type, name, arguments, why) */
 #define FT_FUNCTIONS(X) \
     X(uint64_t, replay_get_current_icount, (void), "position of the guest in its execution") \
+    X(void, qemu_register_reset, (void (*)(void *), void *), "completes disk requests before a reset waits for them") \
+    X(void *, bdrv_next_node, (void *), "the disks' nodes") \
+    X(void, bdrv_do_drained_begin_quiesce, (void *, void *), "no new requests meanwhile") \
+    X(void, bdrv_drained_end, (void *), "the end of that") \
+    X(bool, bdrv_drain_poll, (void *, void *, bool), "whether one has requests in flight") \
+    X(void, replay_async_events, (void), "takes completions from the log, or puts them there") \
+    X(bool, aio_poll, (void *, bool), "lets requests complete") \
+    X(void, helper_pause, (void *), "PAUSE as QEMU executes it") \
+    X(void, cpu_loop_exit_noexc, (void *), "ends a translation block") \
+    X(void, helper_write_eflags, (void *, uint64_t, uint32_t), "tells where the flags are") \
+    X(void, cpu_sync_bndcs_hflags, (void *), "tells where the hidden flags are") \
+    X(int, qemu_reset_requested_get, (void), "whether the guest asked for the reset that is due on the backup") \
+    X(void, qemu_system_reset_request, (int), "asks for it where an operator did on the primary") \
     X(void, replay_mutex_lock, (void), "held by the main loop in record and replay") \
     X(void, replay_mutex_unlock, (void), "released when a mode is left") \
     X(bool, replay_mutex_locked, (void), "what the caller holds") \
@@ -124,6 +138,7 @@ enum { Q_TIMER_ATTR_ALL = -1 };
     X(FILE *, replay_file, "the log, made a stream in memory") \
     X(struct q_replay_state, replay_state, "counters set at the switch") \
     X(struct q_timers_state, timers_state, "clock offset at go-live") \
+    X(void *, helper_info_pause, "what TCG calls for PAUSE") \
     X(void *, cpus_queue, "the vCPU")
 
 struct q_symbols {

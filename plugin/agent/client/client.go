@@ -57,6 +57,7 @@ type Status struct {
 	Position       plugin.Position `json:"position" yaml:"position"`
 	Acked          plugin.Position `json:"acked" yaml:"acked"`
 	Lag            float64         `json:"lag_ms" yaml:"lag_ms"`
+	Slowed         float64         `json:"slowed" yaml:"slowed"`
 	LogRate        float64         `json:"log_rate" yaml:"log_rate"`
 	OutputDelay    float64         `json:"output_delay_ms" yaml:"output_delay_ms"`
 	OutputDelayMax float64         `json:"output_delay_max_ms" yaml:"output_delay_max_ms"`

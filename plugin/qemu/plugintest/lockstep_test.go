@@ -139,11 +139,7 @@ func TestLockstep(t *testing.T) {
 	p := boot(ctx, t)
 	p.begin()
 	p.clone(ctx, t)
-	select {
-	case <-time.After(15 * time.Second):
-	case <-p.b.done:
-		t.Fatal("the backup's QEMU ended")
-	}
+	p.run(t, 15*time.Second)
 	c := guest.Client{Dial: dial(p.ports), Address: netip.MustParseAddr("10.0.2.15")}
 	digest, err := c.Quiesce(ctx)
 	if err != nil {
@@ -153,6 +149,76 @@ func TestLockstep(t *testing.T) {
 	if digest.Lines == 0 || digest.LoadOps == 0 {
 		t.Fatal("there was no load")
 	}
+	p.compare(ctx, t)
+}
+
+// TestPause stops and continues the primary under load, as 'virsh suspend' and
+// 'virsh resume' do, while packets come in: the backup must follow.
+func TestPause(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer cancel()
+	p := boot(ctx, t)
+	p.begin()
+	p.clone(ctx, t)
+	for range 5 {
+		p.run(t, time.Second)
+		if err := p.a.Monitor(ctx, plugin.UUID{}, "stop", nil, nil); err != nil {
+			t.Fatal(err)
+		}
+		p.run(t, 700*time.Millisecond)
+		if err := p.a.Monitor(ctx, plugin.UUID{}, "cont", nil, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.run(t, 2*time.Second)
+	c := guest.Client{Dial: dial(p.ports), Address: netip.MustParseAddr("10.0.2.15")}
+	if _, err := c.Quiesce(ctx); err != nil {
+		t.Fatal(err)
+	}
+	p.compare(ctx, t)
+}
+
+// TestReset resets the primary from outside, as 'virsh reset' does, while it has
+// disk requests in flight: the backup boots as it does.
+func TestReset(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	defer cancel()
+	p := boot(ctx, t)
+	p.begin()
+	p.clone(ctx, t)
+	c := guest.Client{Dial: dial(p.ports), Address: netip.MustParseAddr("10.0.2.15")}
+	for range 2 {
+		p.run(t, time.Second)
+		if err := p.a.Monitor(ctx, plugin.UUID{}, "system_reset", nil, nil); err != nil {
+			t.Fatal(err)
+		}
+		p.run(t, time.Second)
+		boot, cancel := context.WithTimeout(ctx, time.Minute)
+		err := c.WaitReady(boot)
+		cancel()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.compare(ctx, t)
+}
+
+// run lets time pass for both.
+func (p *pair) run(t *testing.T, d time.Duration) {
+	t.Helper()
+	select {
+	case <-time.After(d):
+	case <-p.a.done:
+		t.Fatal("the primary's QEMU ended")
+	case <-p.b.done:
+		t.Fatal("the backup's QEMU ended")
+	}
+}
+
+// compare stops the primary and demands that both sides are equal at the
+// instruction at which it stands.
+func (p *pair) compare(ctx context.Context, t *testing.T) {
+	t.Helper()
 	if err := p.a.Monitor(ctx, plugin.UUID{}, "stop", nil, nil); err != nil {
 		t.Fatal(err)
 	}
@@ -196,7 +262,8 @@ func TestLockstep(t *testing.T) {
 // log consumed: the stopped primary logs no more than that time passes.
 func (p *pair) settle(ctx context.Context, t *testing.T) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	// A boot makes the backup lag.
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	if err := p.a.wait(ctx, "primary is stopped", func() bool { return !p.a.last.Running }); err != nil {
 		t.Fatal(err)
