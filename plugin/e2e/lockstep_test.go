@@ -18,6 +18,10 @@ import (
 	"ftvirt.org/ftvirt/plugin/lab/scenario"
 )
 
+// minLines is how much the guest must have done for a comparison to mean
+// something.
+const minLines = 40
+
 // TestLockstep compares both sides at a quiesced point of a loaded guest: the
 // consoles from the clone on byte for byte, and the disks' contents. Memory
 // cannot be read from a replaying QEMU without disturbing it; so the guest's
@@ -26,11 +30,17 @@ import (
 func TestLockstep(t *testing.T) {
 	b, hosta, hostb := bed(t)
 	vm, traffic := protected(t, b, hosta, hostb)
-	must(t, scenario.Pause(t.Context(), 4*time.Second))
+	must(t, eventually(t.Context(), 60*time.Second, func() error {
+		console, err := vm.Console(hostb)
+		if n := scenario.CountLines(console); err == nil && n < minLines {
+			err = fmt.Errorf("the backup's console has %d lines", n)
+		}
+		return err
+	}))
 	must(t, traffic.Stop())
 	primary, err := vm.Quiesce(t.Context())
 	must(t, err)
-	if primary.Lines < 30 || primary.LoadOps < 30 {
+	if primary.Lines < minLines || primary.LoadOps < minLines {
 		t.Errorf("there was hardly any load: %+v", primary)
 	}
 	follow(t, b, vm, hosta, hostb)
@@ -82,7 +92,7 @@ func sameConsoles(t *testing.T, vm *scenario.VM, primary, backup *lab.Host) {
 	if err != nil {
 		t.Fatalf("%v; primary's ends:\n%s\nbackup's ends:\n%s", err, ours[max(0, len(ours)-300):], theirs[max(0, len(theirs)-300):])
 	}
-	if n := scenario.CountLines(theirs); n < 30 {
+	if n := scenario.CountLines(theirs); n < minLines {
 		t.Errorf("the backup's console has %d lines only", n)
 	}
 	t.Logf("%d bytes of console are equal", len(theirs))

@@ -6,6 +6,7 @@
  * is go-live, which happens inside a read (stream.c).
  */
 #include <string.h>
+#include <time.h>
 
 #include "ftvirt.h"
 
@@ -327,32 +328,66 @@ static bool requests_in_flight(void)
     return false;
 }
 
+/* How long to wait for a disk, or for the log, before looking again. */
+#define RESET_POLL_NS 100000
+
 /*
  * First of all reset handlers. A disk's own handler waits for its requests, and
  * their completions wait for the vCPU thread, which takes them from the log or
  * puts them there, and which is paused: it would wait for ever. Both sides have
  * the same requests in flight, so they take as many completions here.
+ *
+ * Nor may it be left to the paused vCPU thread whether the time for which the
+ * guest was idle is added to its clock before the devices are reset, which set
+ * their timers by that clock, or after. The log's CHECKPOINT_RESET, of which
+ * QEMU itself makes no use after its start, tells what belongs before.
  */
-static void complete_requests(void *opaque)
+static void prepare_reset(void *opaque)
 {
+    const struct timespec moment = { .tv_nsec = RESET_POLL_NS };
+    bool in_flight;
     void *bs;
 
     (void)opaque;
-    if (!ft.started || (ft.mode != FT_RECORD && ft.mode != FT_REPLAY) ||
+    if (!ft.started || *q.replay_mode == Q_REPLAY_NONE ||
         !q.replay_mutex_locked()) {
         return;
     }
     for (bs = q.bdrv_next_node(NULL); bs; bs = q.bdrv_next_node(bs)) {
         q.bdrv_do_drained_begin_quiesce(bs, NULL);
     }
-    while (requests_in_flight()) {
-        q.replay_async_events();
-        if (requests_in_flight()) {
-            q.aio_poll(ft.main_context, true);
+    for (;;) {
+        if (q.runstate_is_running()) {
+            q.icount_account_warp_timer(); /* and events, as below */
+        } else {
+            q.replay_async_events();
+        }
+        in_flight = requests_in_flight();
+        if (!in_flight && q.replay_checkpoint(Q_CHECKPOINT_RESET)) {
+            break;
+        }
+        if (!q.aio_poll(ft.main_context, false)) {
+            nanosleep(&moment, NULL);
         }
     }
     for (bs = q.bdrv_next_node(NULL); bs; bs = q.bdrv_next_node(bs)) {
         q.bdrv_drained_end(bs);
+    }
+}
+
+/*
+ * The main loop has polled. QEMU logs that a reset is due, and pauses the vCPU
+ * after that, which may still take an interrupt meanwhile; the backup's may be
+ * paused already. So the primary's is paused before it is logged.
+ */
+static void polled(struct q_plain_notifier *n, void *poll)
+{
+    (void)n;
+    if (*(int *)poll == Q_MAIN_LOOP_POLL_OK && ft.mode == FT_RECORD &&
+        q.qemu_reset_requested_get() && q.runstate_is_running()) {
+        q.pause_all_vcpus();
+        /* Deadlines are the same as on the backup. */
+        q.qemu_clock_enable(Q_CLOCK_VIRTUAL, true);
     }
 }
 
@@ -371,6 +406,7 @@ void ft_mode_schedule_reset(void)
 
 void ft_mode_init(void)
 {
+    static struct q_plain_notifier poll_notifier = { .notify = polled };
     static struct q_notifier notifier;
 
     if (ft.backup) {
@@ -387,5 +423,6 @@ void ft_mode_init(void)
     q.qemu_add_vm_change_state_handler_prio(starting, NULL, INT_MIN);
     q.qemu_add_vm_change_state_handler_prio(stopping, NULL, INT_MAX);
     q.migration_add_notifier(&notifier, migration_ended);
-    q.qemu_register_reset(complete_requests, NULL);
+    q.qemu_register_reset(prepare_reset, NULL);
+    q.main_loop_poll_add_notifier(&poll_notifier);
 }

@@ -55,7 +55,13 @@ struct q_netfilter_state {
     void *netdev;
 };
 
-/* include/qemu/notify.h */
+/* include/qemu/notify.h: Notifier */
+struct q_plain_notifier {
+    void (*notify)(struct q_plain_notifier *, void *data);
+    void *node[2];
+};
+
+/* include/qemu/notify.h: NotifierWithReturn */
 struct q_notifier {
     int (*notify)(struct q_notifier *, void *data, void **errp);
     void *node[2];
@@ -70,6 +76,9 @@ enum { Q_RUN_STATE_PAUSED = 4 };
 enum { Q_SHUTDOWN_HOST_QMP_RESET = 3 };
 enum { Q_CHAR_FEATURE_REPLAY = 2 };
 enum { Q_TIMER_ATTR_ALL = -1 };
+/* include/system/replay.h: ReplayCheckpoint; include/qemu/main-loop.h */
+enum { Q_CHECKPOINT_RESET = 8 };
+enum { Q_MAIN_LOOP_POLL_OK = 2 };
 
 /* X(return type, name, arguments, why) */
 #define FT_FUNCTIONS(X) \
@@ -80,6 +89,10 @@ enum { Q_TIMER_ATTR_ALL = -1 };
     X(void, bdrv_drained_end, (void *), "the end of that") \
     X(bool, bdrv_drain_poll, (void *, void *, bool), "whether one has requests in flight") \
     X(void, replay_async_events, (void), "takes completions from the log, or puts them there") \
+    X(void, icount_account_warp_timer, (void), "the guest's clock is the same on both sides when devices are reset") \
+    X(bool, replay_checkpoint, (int), "marks in the log where devices are reset") \
+    X(void, pause_all_vcpus, (void), "nothing is executed between the log of a reset and the reset") \
+    X(void, main_loop_poll_add_notifier, (struct q_plain_notifier *), "sees a reset that is due before it is logged") \
     X(bool, aio_poll, (void *, bool), "lets requests complete") \
     X(void, helper_pause, (void *), "PAUSE as QEMU executes it") \
     X(void, cpu_loop_exit_noexc, (void *), "ends a translation block") \

@@ -179,28 +179,86 @@ func TestPause(t *testing.T) {
 }
 
 // TestReset resets the primary from outside, as 'virsh reset' does, while it has
-// disk requests in flight: the backup boots as it does.
+// disk requests in flight or is paused: the backup boots as it does.
 func TestReset(t *testing.T) {
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute+time.Duration(*resets)*time.Minute)
 	defer cancel()
 	p := boot(ctx, t)
 	p.begin()
 	p.clone(ctx, t)
 	c := guest.Client{Dial: dial(p.ports), Address: netip.MustParseAddr("10.0.2.15")}
-	for range 2 {
-		p.run(t, time.Second)
-		if err := p.a.Monitor(ctx, plugin.UUID{}, "system_reset", nil, nil); err != nil {
-			t.Fatal(err)
+	defer func() {
+		if t.Failed() {
+			p.keep(0)
 		}
+	}()
+	for i := range *resets {
 		p.run(t, time.Second)
+		commands := []string{"system_reset"}
+		if i%3 == 2 {
+			commands = []string{"stop", "system_reset", "cont"}
+		}
+		for _, command := range commands {
+			if err := p.a.Monitor(ctx, plugin.UUID{}, command, nil, nil); err != nil {
+				t.Fatal(err)
+			}
+			p.run(t, time.Second)
+		}
 		boot, cancel := context.WithTimeout(ctx, time.Minute)
 		err := c.WaitReady(boot)
 		cancel()
 		if err != nil {
 			t.Fatal(err)
 		}
+		p.follow(t)
+		for _, start := range []func() error{
+			func() error { return c.StartLines(ctx, 10) }, func() error { return c.StartLoad(ctx, 20) },
+		} {
+			if err := start(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if _, err := c.Quiesce(ctx); err != nil {
+		t.Fatal(err)
 	}
 	p.compare(ctx, t)
+}
+
+// TestResetLive resets a backup that has just gone live, which is in QEMU's
+// record mode still, without a log: it boots again.
+func TestResetLive(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	p := boot(ctx, t)
+	p.begin()
+	p.clone(ctx, t)
+	p.run(t, time.Second)
+	if err := p.goLive(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.b.Monitor(ctx, plugin.UUID{}, "system_reset", nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	for before := bytes.Count(read(t, p.b, "console"), []byte(guest.ReadyMessage)); ; {
+		if bytes.Count(read(t, p.b, "console"), []byte(guest.ReadyMessage)) > before {
+			return
+		}
+		if ctx.Err() != nil {
+			t.Fatal("the guest does not boot again")
+		}
+		p.run(t, 100*time.Millisecond)
+	}
+}
+
+// follow demands that the backup has not diverged so far.
+func (p *pair) follow(t *testing.T) {
+	t.Helper()
+	p.b.state.Lock()
+	defer p.b.state.Unlock()
+	if p.b.diverged != nil {
+		t.Fatalf("the backup diverged: %+v", *p.b.diverged)
+	}
 }
 
 // run lets time pass for both.
