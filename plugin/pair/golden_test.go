@@ -6,6 +6,9 @@ import (
 	"bufio"
 	"flag"
 	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -15,7 +18,7 @@ import (
 	"ftvirt.org/ftvirt/plugin"
 )
 
-var update = flag.Bool("update", false, "rewrite the files under testdata")
+var update = flag.Bool("update", false, "rewrite the files under testdata, and the states in ARCHITECTURE.md")
 
 // TestGolden runs the scripts testdata/*.txt. A line "> event [key=value...]"
 // is an event, with "xN" at its end repeated N times; "#" starts a comment. All
@@ -139,34 +142,90 @@ func lookup(names []string, word string) (int, error) {
 	return 0, fmt.Errorf("unknown word %q", word)
 }
 
-// TestStateDiagram keeps testdata/states.md, which the documentation shows,
-// equal to the transitions of the code.
+const (
+	architecture = "../../ARCHITECTURE.md"
+	statesBegin  = "<!-- states: go test ./plugin/pair -run TestStateDiagram -update -->\n"
+	statesEnd    = "<!-- end of the states -->\n"
+)
+
+// TestStateDiagram keeps the states, transitions and reasons in ARCHITECTURE.md
+// equal to those of the code.
 func TestStateDiagram(t *testing.T) {
 	var b strings.Builder
-	b.WriteString("# States of a pair\n\nWritten by `go test ./plugin/pair -update` from the table in the code; do not edit.\n")
+	b.WriteString("```mermaid\nstateDiagram-v2\n")
 	for _, role := range []plugin.Role{plugin.RolePrimary, plugin.RoleBackup} {
-		fmt.Fprintf(&b, "\n## On the %s\n\n```mermaid\nstateDiagram-v2\n    [*] --> unprotected\n", role)
+		fmt.Fprintf(&b, "    state \"on the %s's host\" as %s {\n", role, role)
+		for s := range numStates {
+			fmt.Fprintf(&b, "        state \"%s\" as %s\n", s, id(role, s))
+		}
+		fmt.Fprintf(&b, "        [*] --> %s\n", id(role, Unprotected))
 		for _, tr := range Transitions() {
+			if strings.ContainsAny(tr.When, ":;") {
+				t.Errorf("%q ends at a character that Mermaid takes as its own", tr.When)
+			}
 			if tr.Role == role {
-				fmt.Fprintf(&b, "    %s --> %s: %s\n", id(tr.From), id(tr.To), tr.When)
+				fmt.Fprintf(&b, "        %s --> %s: %s\n", id(role, tr.From), id(role, tr.To), tr.When)
 			}
 		}
-		b.WriteString("```\n")
+		b.WriteString("    }\n")
 	}
-	b.WriteString("\nA backup that is live is the primary from then on, and lacks a backup.\n\n## Reasons\n\n")
-	for r := range numReasons {
-		fmt.Fprintf(&b, "- `%s`\n", r)
+	fmt.Fprintf(&b, "    %s --> %s: it is the primary from then on\n```\n", id(plugin.RoleBackup, Live), id(plugin.RolePrimary, Live))
+	meanings := constants(t, "state.go")
+	table := func(what string, n int, value func(int) fmt.Stringer) {
+		fmt.Fprintf(&b, "\n| %s | meaning |\n| --- | --- |\n", what)
+		for i := range n {
+			meaning := meanings[what][i]
+			if meaning == "" {
+				t.Errorf("%s %s has no comment", what, value(i))
+			}
+			fmt.Fprintf(&b, "| `%s` | %s |\n", value(i), meaning)
+		}
 	}
-	file := "testdata/states.md"
-	want, err := os.ReadFile(file)
-	if err != nil && !*update {
+	table("state", int(numStates), func(i int) fmt.Stringer { return State(i) })
+	table("reason", int(numReasons), func(i int) fmt.Stringer { return Reason(i) })
+
+	text, err := os.ReadFile(architecture)
+	if err != nil {
 		t.Fatal(err)
 	}
-	compare(t, file, b.String(), string(want))
+	head, rest, begins := strings.Cut(string(text), statesBegin)
+	_, tail, ends := strings.Cut(rest, statesEnd)
+	if !begins || !ends {
+		t.Fatalf("%s has no place for the states, between\n%s%s", architecture, statesBegin, statesEnd)
+	}
+	compare(t, architecture, head+statesBegin+b.String()+statesEnd+tail, string(text))
 }
 
-// id makes a state's name an identifier of the diagram's language.
-func id(s State) string { return strings.ReplaceAll(s.String(), "-", "_") }
+// constants gives what the comments of a file say of its constants, by type, in
+// their order. A comment is "Name: meaning."
+func constants(t *testing.T, file string) map[string][]string {
+	t.Helper()
+	parsed, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.ParseComments)
+	if err != nil {
+		t.Fatal(err)
+	}
+	meanings := make(map[string][]string)
+	for _, d := range parsed.Decls {
+		block, ok := d.(*ast.GenDecl)
+		if !ok || block.Tok != token.CONST {
+			continue
+		}
+		var of string
+		for _, spec := range block.Specs {
+			c := spec.(*ast.ValueSpec)
+			if c.Type != nil {
+				of = strings.ToLower(c.Type.(*ast.Ident).Name)
+			}
+			_, meaning, _ := strings.Cut(strings.Join(strings.Fields(c.Doc.Text()), " "), ": ")
+			meanings[of] = append(meanings[of], meaning)
+		}
+	}
+	return meanings
+}
+
+func id(role plugin.Role, s State) string {
+	return string(role) + "_" + strings.ReplaceAll(s.String(), "-", "_")
+}
 
 // TestNames: every value has a name of its own, since they go into logs,
 // scripts and the API.
