@@ -446,10 +446,11 @@ static bool receive(void)
 static int housekeeping(void)
 {
     int64_t now = ft_now_ns();
-    bool tick = false, reset = false;
+    bool tick = false, reset = false, running;
     int wait = 200;
 
     pthread_mutex_lock(&ft.lock);
+    running = ft.running;
     if (ft.mode == FT_RECORD) {
         if (ft.connected) {
             if (now - io.stats_ns >= STATS_NS) {
@@ -473,8 +474,10 @@ static int housekeeping(void)
         wait = 10;
     }
     pthread_mutex_unlock(&ft.lock);
-    if (tick) {
+    if (tick && running) {
         q.qemu_notify_event();
+    } else if (tick) {
+        ft_mode_schedule_tick();
     }
     if (reset) {
         ft_mode_schedule_reset();

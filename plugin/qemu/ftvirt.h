@@ -138,6 +138,7 @@ void ft_mode_init(void);
 void ft_mode_schedule_idle(void);
 void ft_mode_open(void);
 void ft_mode_schedule_reset(void);
+void ft_mode_schedule_tick(void);
 void ft_go_live(void);
 
 /* gate.c: the output rule. */

@@ -192,19 +192,47 @@ static int migration_ended(struct q_notifier *n, void *data, void **errp)
     return 0;
 }
 
+/* Logs the end of a group of input events, of which there are none. */
+static void log_nothing(void)
+{
+    q.replay_add_input_sync_event();
+    q.replay_async_events();
+}
+
+/*
+ * What is queued for the devices of a primary that has just been stopped is
+ * done as if it still ran, before they are told: a network card would put its
+ * work off until it runs again, and a packet would wait or be lost, but the
+ * backup, which does not stop, cannot know. The instructions are logged with
+ * it: the backup is to come to where this one stands, and a stopped VM may log
+ * nothing else for a long time.
+ */
+static void finish_queued(int state)
+{
+    bool plain = state != Q_RUN_STATE_INTERNAL_ERROR; /* no way back from it */
+
+    if (plain) {
+        q.runstate_set(Q_RUN_STATE_RUNNING);
+    }
+    q.replay_async_events();
+    /* The backup lets an event happen when it has seen the next one. */
+    log_nothing();
+    if (plain) {
+        q.runstate_set(state);
+    }
+}
+
 /*
  * The VM has stopped; called before all other handlers. Timers that are due
  * now must run before the state is saved: QEMU runs them a moment later in
  * the stopped primary (its vCPU thread enables the clock again at any kick),
  * after the state was saved, and then the backup runs them once more.
  */
-static void stopped(void)
+static void stopped(int state)
 {
     ft.stopped_ns = ft_now_ns();
     if (*q.replay_mode == Q_REPLAY_RECORD && q.replay_mutex_locked()) {
-        /* The backup is to come to the instruction at which this one stands;
-         * a stopped VM may log nothing else for a long time. */
-        q.replay_save_instructions();
+        finish_queued(state);
     }
     if (*q.replay_mode != Q_REPLAY_NONE) {
         return;
@@ -265,11 +293,10 @@ static void starting(void *opaque, bool running, int state)
 static void stopping(void *opaque, bool running, int state)
 {
     (void)opaque;
-    (void)state;
     if (running) {
         return;
     }
-    stopped();
+    stopped(state);
     pthread_mutex_lock(&ft.lock);
     ft.running = false;
     ft_send_state("stopped");
@@ -389,6 +416,22 @@ static void polled(struct q_plain_notifier *n, void *poll)
         /* Deadlines are the same as on the backup. */
         q.qemu_clock_enable(Q_CLOCK_VIRTUAL, true);
     }
+}
+
+/* A paused primary has nothing to log, and yet the backup is to see that it is
+ * there, and not to wait for the log with QEMU's locks held. */
+static void tick(void *opaque)
+{
+    (void)opaque;
+    if (ft.mode == FT_RECORD && !q.runstate_is_running() &&
+        q.replay_mutex_locked()) {
+        log_nothing();
+    }
+}
+
+void ft_mode_schedule_tick(void)
+{
+    q.aio_bh_schedule_oneshot_full(ft.main_context, tick, NULL, "ftvirt-tick");
 }
 
 static void reset(void *opaque)

@@ -72,7 +72,9 @@ enum { Q_CLOCK_REALTIME = 0, Q_CLOCK_VIRTUAL = 1, Q_CLOCK_HOST = 2,
        Q_CLOCK_VIRTUAL_RT = 3 };
 enum { Q_NET_CLIENT_DRIVER_NIC = 1 };
 enum { Q_MIG_EVENT_PRECOPY_DONE = 1, Q_MIG_EVENT_PRECOPY_FAILED = 2 };
-enum { Q_RUN_STATE_PAUSED = 4 };
+/* qapi/run-state.json */
+enum { Q_RUN_STATE_INTERNAL_ERROR = 2, Q_RUN_STATE_PAUSED = 4,
+       Q_RUN_STATE_RUNNING = 9 };
 enum { Q_SHUTDOWN_HOST_QMP_RESET = 3 };
 enum { Q_CHAR_FEATURE_REPLAY = 2 };
 enum { Q_TIMER_ATTR_ALL = -1 };
@@ -88,6 +90,7 @@ enum { Q_MAIN_LOOP_POLL_OK = 2 };
     X(void, bdrv_do_drained_begin_quiesce, (void *, void *), "no new requests meanwhile") \
     X(void, bdrv_drained_end, (void *), "the end of that") \
     X(bool, bdrv_drain_poll, (void *, void *, bool), "whether one has requests in flight") \
+    X(void, replay_add_input_sync_event, (void), "an event that does nothing: a paused guest logs no other") \
     X(void, replay_async_events, (void), "takes completions from the log, or puts them there") \
     X(void, icount_account_warp_timer, (void), "the guest's clock is the same on both sides when devices are reset") \
     X(bool, replay_checkpoint, (int), "marks in the log where devices are reset") \
@@ -120,6 +123,7 @@ enum { Q_MAIN_LOOP_POLL_OK = 2 };
     X(void, qmp_cont, (void **errp), "resumes after the clone, disks reactivated") \
     X(int, vm_stop, (int state), "short stop to leave record") \
     X(void, vm_start, (void), "end of the short stop") \
+    X(void, runstate_set, (int), "what is queued at a stop is done as if the VM ran") \
     X(bool, runstate_is_running, (void), "whether a short stop is needed") \
     X(void, bdrv_drain_all, (void), "requests in flight end before idle") \
     X(void, run_on_cpu, (void *cpu, void (*f)(void *, uint64_t), uint64_t arg), "modes change in the vCPU thread, where it holds no replay lock") \

@@ -35,6 +35,7 @@ import (
 var (
 	clones = flag.Int("clones", 3, "how many clones TestClone makes")
 	resets = flag.Int("resets", 3, "how many resets TestReset makes")
+	pauses = flag.Int("pauses", 15, "how often TestPause pauses the guest")
 	every  = flag.Int("every", 4, "of so many clones one goes live")
 	stuck  = flag.Bool("stuck", false, "wait at the first failure, for a debugger")
 	keep   = flag.String("keep", "", "directory that keeps the files of a failed clone")
