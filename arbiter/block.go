@@ -25,7 +25,8 @@ import (
 //	 0  4  magic "FTVA"
 //	 4  1  version, 1
 //	 5  1  1 header, 2 record, 3 mark
-//	 6  2  header: 1 COMPARE AND WRITE, 2 reservations;
+//	 6  2  header: 1 COMPARE AND WRITE, 2 reservations; plus 256 if the device
+//	       takes FUA;
 //	       record: 1 owned by the primary, 2 owned by the backup, 4 closed
 //	 8 16  domain; zero in the header
 //	24  8  epoch; in the header the number of slots
@@ -64,6 +65,8 @@ const (
 const (
 	modeCompareAndWrite = 1
 	modeReservation     = 2
+	// flagFUA stands in the header beside the mode.
+	flagFUA = 256
 )
 
 const (

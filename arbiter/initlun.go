@@ -80,6 +80,10 @@ func (l *lun) init(ctx context.Context, reservation bool) (LUNInfo, error) {
 		return LUNInfo{}, err
 	}
 	if isFree(header) {
+		if u.untold {
+			return LUNInfo{}, fmt.Errorf("%w: %s: %w; if no other host is initialising it, somebody uses it for something else",
+				ErrUnavailable, l.path, scsi.ErrReserved)
+		}
 		if err := u.checkFree(ctx); err != nil {
 			return LUNInfo{}, err
 		}
@@ -169,7 +173,7 @@ func (u unit) probe(ctx context.Context) (why string, err error) {
 		if round == 0 {
 			switch err := swap(u.noise(), u.noise()); {
 			case errors.Is(err, scsi.ErrUnsupported):
-				return "the device does not have it", nil
+				return fmt.Sprintf("the device does not have it (%v)", err), nil
 			case err == nil:
 				return "the device does not compare", nil
 			case !errors.Is(err, scsi.ErrMiscompare):
@@ -210,8 +214,12 @@ func (u unit) probe(ctx context.Context) (why string, err error) {
 // writeHeader makes the LUN an arbiter's, and gives the header that it has then:
 // another host may have been faster.
 func (u unit) writeHeader(ctx context.Context, free []byte) ([]byte, error) {
+	flags := u.mode
+	if u.fua {
+		flags |= flagFUA
+	}
 	raw, err := block{
-		kind: blockHeader, flags: u.mode, epoch: u.slots, opened: timestamp(), token: newToken(),
+		kind: blockHeader, flags: flags, epoch: u.slots, opened: timestamp(), token: newToken(),
 	}.encode(u.size)
 	if err != nil {
 		return nil, err

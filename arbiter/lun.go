@@ -81,6 +81,9 @@ type facts struct {
 	// fua tells that the device can be made to read from and write to the
 	// medium, cached that it does not do so of itself.
 	fua, cached bool
+	// untold tells that neither is known, because a device that another host
+	// has reserved does not say it. Then the header does.
+	untold bool
 }
 
 // geometry is what the header and the capacity say.
@@ -141,13 +144,18 @@ func (l *lun) unit(ctx context.Context) (unit, error) {
 				return err
 			})
 		}
+		if errors.Is(err, scsi.ErrReserved) {
+			f.untold, err = true, nil
+		}
 		if err != nil {
 			l.reopen(dev)
 			return unit{}, fmt.Errorf("%w: %s: %w", ErrUnavailable, l.path, err)
 		}
-		l.mu.Lock()
-		l.facts = f
-		l.mu.Unlock()
+		if !f.untold {
+			l.mu.Lock()
+			l.facts = f
+			l.mu.Unlock()
+		}
 	}
 	dev.FUA = f.fua
 	return unit{lun: l, Device: dev, facts: *f, geometry: geometry{size: f.BlockSize}}, nil
@@ -202,13 +210,21 @@ func (u *unit) accept(raw []byte) error {
 	if err != nil {
 		return err
 	}
-	if h.flags != modeCompareAndWrite && h.flags != modeReservation {
+	mode := h.flags &^ flagFUA
+	switch {
+	case mode != modeCompareAndWrite && mode != modeReservation:
 		return &CorruptError{Path: u.where(0), Reason: fmt.Sprintf("mode %d is not known", h.flags)}
+	case u.untold && mode == modeCompareAndWrite:
+		return fmt.Errorf("%w: %s: somebody who is no arbiter holds it: %w", ErrUnavailable, u.path, scsi.ErrReserved)
+	case u.untold:
+		// A device in this mode takes FUA, or InitLUN found no cache.
+		u.fua, u.cached = h.flags&flagFUA != 0, false
+		u.FUA = u.fua
 	}
 	if h.epoch == 0 || h.epoch > maxSlots || firstSlot+2*h.epoch > u.Blocks {
 		return &CorruptError{Path: u.where(0), Reason: fmt.Sprintf("%d slots on a device of %d blocks", h.epoch, u.Blocks)}
 	}
-	u.mode, u.slots, u.identity = h.flags, h.epoch, h.token
+	u.mode, u.slots, u.identity = mode, h.epoch, h.token
 	return nil
 }
 

@@ -174,7 +174,8 @@ func (s *simLUN) command(f *os.File, st *simState, c scsi.Command, readOnly bool
 		}
 	}
 	writes := op == 0x8A || op == 0x89 || op == 0x91
-	if writes && st.Holder != "" && st.Holder != s.nexus {
+	// MODE SENSE, too, is the holder's alone (SPC-4, table 66).
+	if (writes || op == 0x1A) && st.Holder != "" && st.Holder != s.nexus {
 		return conflict, nil
 	}
 	if readOnly && writes && op != 0x91 {
@@ -184,7 +185,7 @@ func (s *simLUN) command(f *os.File, st *simState, c scsi.Command, readOnly bool
 		switch force := c.CDB[1] == 8; {
 		case force && st.NoFUA:
 			return sense(scsi.KeyIllegalRequest, 0x24, 0), nil
-		case !force && !st.NoFUA:
+		case !force && !st.NoFUA && binary.BigEndian.Uint64(c.CDB[2:]) != 0:
 			return scsi.Result{}, fmt.Errorf("command %02x may use a cache", op)
 		}
 		st.Dirty = st.Dirty || st.NoFUA && op != 0x88
