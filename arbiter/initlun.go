@@ -134,7 +134,7 @@ func (u *unit) choose(ctx context.Context, reservation bool) (why string, err er
 	if u.cached && !u.fua {
 		// Under a reservation, a host that reads cannot flush the cache that
 		// another host's write may be in.
-		return "", fmt.Errorf("%w: %s cannot decide: COMPARE AND WRITE: %s; reservations: its write cache cannot be bypassed, switch that off",
+		return "", fmt.Errorf("%w: %s cannot decide: %s; reservations: its write cache cannot be bypassed, switch that off",
 			ErrInvalid, u.path, why)
 	}
 	u.mode = modeReservation
@@ -145,7 +145,7 @@ func (u *unit) choose(ctx context.Context, reservation bool) (why string, err er
 		}
 		done, err := u.swap(ctx, scratchBlock, raw, u.noise())
 		if errors.Is(err, scsi.ErrUnsupported) {
-			return "", fmt.Errorf("%w: %s cannot decide: COMPARE AND WRITE: %s; reservations: %w", ErrInvalid, u.path, why, err)
+			return "", fmt.Errorf("%w: %s cannot decide: %s; reservations: %w", ErrInvalid, u.path, why, err)
 		}
 		if done || err != nil {
 			return why, err
@@ -173,9 +173,9 @@ func (u unit) probe(ctx context.Context) (why string, err error) {
 		if round == 0 {
 			switch err := swap(u.noise(), u.noise()); {
 			case errors.Is(err, scsi.ErrUnsupported):
-				return fmt.Sprintf("the device does not have it (%v)", err), nil
+				return fmt.Sprintf("the device has no COMPARE AND WRITE (%v)", err), nil
 			case err == nil:
-				return "the device does not compare", nil
+				return "the device's COMPARE AND WRITE does not compare", nil
 			case !errors.Is(err, scsi.ErrMiscompare):
 				return "", fmt.Errorf("%w: %s: %w", ErrUnavailable, u.path, err)
 			}
@@ -198,7 +198,7 @@ func (u unit) probe(ctx context.Context) (why string, err error) {
 			case err == nil:
 				winners++
 				if winners > 1 || !bytes.Equal(now, next[i]) {
-					return "the device's is not atomic", nil
+					return "the device's COMPARE AND WRITE is not atomic", nil
 				}
 			case !errors.Is(err, scsi.ErrMiscompare):
 				return "", fmt.Errorf("%w: %s: %w", ErrUnavailable, u.path, err)

@@ -15,6 +15,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"ftvirt.org/ftvirt/arbiter/paxos"
@@ -67,6 +68,31 @@ type QuorumConfig struct {
 // hosts find what a minority accepted of it. For the host that gave up, nothing
 // changed but that it may find itself the owner when it asks again.
 func NewQuorum(cfg QuorumConfig) (Arbiter, error) {
+	q, err := newQuorum(cfg)
+	if err != nil {
+		return nil, err
+	}
+	return registered{reg: q, guard: &guard{limit: 64, timeout: cmp.Or(cfg.Timeout, 5*time.Second)}}, nil
+}
+
+// AskWitnesses asks each witness for its vote on a domain that nobody has, and
+// gives what kept it from answering, in the order of cfg.Witnesses.
+func AskWitnesses(ctx context.Context, cfg QuorumConfig) ([]error, error) {
+	q, err := newQuorum(cfg)
+	if err != nil {
+		return nil, err
+	}
+	defer q.client.CloseIdleConnections()
+	errs := make([]error, len(q.witnesses))
+	var asked sync.WaitGroup
+	for i := range q.witnesses {
+		asked.Go(func() { _, errs[i] = q.ask(ctx, i, plugin.UUID{}, paxos.Request{Op: paxos.OpRead}) })
+	}
+	asked.Wait()
+	return errs, nil
+}
+
+func newQuorum(cfg QuorumConfig) (*quorum, error) {
 	if n := len(cfg.Witnesses); n < 3 || n%2 == 0 {
 		return nil, fmt.Errorf("%w: %d witnesses; use 3 or 5, so that there always is a majority", ErrInvalid, n)
 	}
@@ -100,7 +126,7 @@ func NewQuorum(cfg QuorumConfig) (Arbiter, error) {
 	if cfg.TLS != nil {
 		q.scheme = "https"
 	}
-	return registered{reg: q, guard: &guard{limit: 64, timeout: cmp.Or(cfg.Timeout, 5*time.Second)}}, nil
+	return q, nil
 }
 
 // maxOutrun bounds the pause of a proposer that was outrun.

@@ -57,12 +57,13 @@ var rules = []rule{
 	{packages: []string{"plugin/detect", "plugin/control", "plugin/virt"}, ours: []string{"plugin"}},
 	{packages: []string{"arbiter/scsi"}, ours: []string{}},
 	{packages: []string{"arbiter"}, ours: []string{"arbiter/paxos", "arbiter/scsi", "plugin"}},
+	{packages: []string{"arbiter/backend"}, ours: []string{"arbiter", "plugin/config"}},
 	{packages: []string{"arbiter/arbitertest"}, ours: []string{"arbiter", "plugin"}},
 	{packages: []string{"plugin/config", "plugin/lab/guest"}, ours: []string{}},
 	{packages: []string{"plugin/channel"}, ours: []string{"plugin", "plugin/rrlog"}},
 	{packages: []string{"migrate"}, ours: []string{"hooks", "plugin", "plugin/channel"}},
 	// The hook must start without the agent's parts, and without cgo.
-	{packages: []string{"hooks/cmd/..."}, ours: []string{"arbiter", "hooks", "plugin", "plugin/config"}},
+	{packages: []string{"hooks/cmd/..."}, ours: []string{"arbiter", "arbiter/backend", "hooks", "plugin", "plugin/config"}},
 	{packages: []string{"..."}},
 }
 

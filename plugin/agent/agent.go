@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"ftvirt.org/ftvirt/arbiter"
+	"ftvirt.org/ftvirt/arbiter/backend"
 	"ftvirt.org/ftvirt/plugin"
 	"ftvirt.org/ftvirt/plugin/channel"
 	"ftvirt.org/ftvirt/plugin/config"
@@ -55,11 +56,10 @@ func New(cfg config.Config, log *slog.Logger) (*Agent, error) {
 	}
 	a.channel.Logger = log
 	a.channel.QueueBytes = max(int(cfg.Channel.SendBuffer), a.channel.QueueBytes)
-	dir, err := arbiter.NewDir(arbiter.DirConfig{Path: cfg.Arbiter.Path})
-	if err != nil {
+	var err error
+	if a.arbiter, err = backend.New(cfg.Arbiter, 0); err != nil {
 		return nil, fmt.Errorf("arbiter: %w", err)
 	}
-	a.arbiter = dir
 	if !cfg.Channel.Plaintext {
 		return nil, errors.New("the logging channel has no TLS yet: set plaintext = true in [channel], " +
 			"on a network that only these hosts share")

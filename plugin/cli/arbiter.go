@@ -7,41 +7,46 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"strconv"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
 	"ftvirt.org/ftvirt/arbiter"
+	"ftvirt.org/ftvirt/arbiter/backend"
 	"ftvirt.org/ftvirt/plugin"
+	"ftvirt.org/ftvirt/plugin/config"
 )
 
 // arbiterTimeout bounds each command: a dead NFS server blocks for ever.
 const arbiterTimeout = 30 * time.Second
 
 func arbiterCommand() *cli.Command {
+	pathFlag := &cli.StringFlag{Name: "path", Usage: "the arbiter's directory or LUN, as a `PATH`; the default is the configured arbiter"}
 	return &cli.Command{
 		Name:  "arbiter",
-		Usage: "look after the shared directory that decides who goes live",
+		Usage: "look after what decides who goes live",
 		Subcommands: []*cli.Command{
 			{
-				Name:        "init",
-				Usage:       "make a shared directory the arbiter's, once for all hosts, and print its id",
-				ArgsUsage:   "[DIRECTORY]",
-				Description: "The default is the configured directory. It must exist, on storage that all hosts share.\nRepeating it, from any host, changes nothing and prints the same id.",
-				Flags:       []cli.Flag{configFlag()},
-				Action:      initArbiter,
+				Name:      "init",
+				Usage:     "make a directory or a LUN the arbiter's, once for all hosts, or ask each witness",
+				ArgsUsage: "[PATH]",
+				Description: "The default is the configured arbiter. A directory must exist, on storage that all hosts\n" +
+					"share; a LUN must hold zeroes only. What is printed includes its id. Repeating it, from any\n" +
+					"host, changes nothing and prints the same id. Of a majority, each witness is asked whether\n" +
+					"it votes.",
+				Flags: []cli.Flag{
+					&cli.BoolFlag{Name: "reservation", Usage: "let a LUN decide under reservations even if it has COMPARE AND WRITE"},
+					configFlag(),
+				},
+				Action: initArbiter,
 			},
 			{
 				Name:      "show",
 				Usage:     "tell who owns a domain",
 				ArgsUsage: "UUID",
-				Flags: []cli.Flag{
-					&cli.StringFlag{Name: "path", Usage: "the shared `DIRECTORY`; the default is the configured one"},
-					outputFlag(formatTable, formatJSON, formatYAML), configFlag(),
-				},
-				Action: showArbiter,
+				Flags:     []cli.Flag{pathFlag, outputFlag(formatTable, formatJSON, formatYAML), configFlag()},
+				Action:    showArbiter,
 			},
 			{
 				Name:      "forget",
@@ -49,57 +54,82 @@ func arbiterCommand() *cli.Command {
 				ArgsUsage: "UUID",
 				Description: "Any host may start its copy of the domain afterwards, however old its disks.\n" +
 					"It is for domains whose owner is gone for good, or that ftvirt is done with.",
-				Flags: []cli.Flag{
-					&cli.StringFlag{Name: "path", Usage: "the shared `DIRECTORY`; the default is the configured one"}, configFlag(),
-				},
+				Flags:  []cli.Flag{pathFlag, configFlag()},
 				Action: forgetArbiter,
 			},
 		},
 	}
 }
 
-// arbiterPath is the directory named, or else the configured one.
-func arbiterPath(c *cli.Context, named string) (string, error) {
+// arbiterConfig is that of the storage named, or else the configured one.
+func arbiterConfig(c *cli.Context, named string) (config.Arbiter, error) {
 	if named != "" {
-		return named, nil
+		return backend.At(named)
 	}
 	cfg, err := load(c, false)
-	return cfg.Arbiter.Path, err
+	return cfg.Arbiter, err
 }
 
-// arbiterOf gives the directory and the domain that a command is about.
-func arbiterOf(c *cli.Context) (*arbiter.Dir, plugin.UUID, error) {
+// arbiterOf gives the arbiter and the domain that a command is about.
+func arbiterOf(c *cli.Context) (arbiter.Arbiter, plugin.UUID, error) {
 	id, err := plugin.ParseUUID(c.Args().First())
 	if err != nil {
 		return nil, id, usagef("%w; 'virsh domuuid DOMAIN' tells a domain's", err)
 	}
-	path, err := arbiterPath(c, c.String("path"))
+	cfg, err := arbiterConfig(c, c.String("path"))
 	if err != nil {
 		return nil, id, err
 	}
-	dir, err := arbiter.NewDir(arbiter.DirConfig{Path: path, Timeout: arbiterTimeout})
-	return dir, id, err
+	a, err := backend.New(cfg, arbiterTimeout)
+	return a, id, err
 }
 
 func initArbiter(c *cli.Context) error {
 	if err := arguments(c, 0, 1); err != nil {
 		return err
 	}
-	path, err := arbiterPath(c, c.Args().First())
+	cfg, err := arbiterConfig(c, c.Args().First())
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(c.Context, arbiterTimeout)
 	defer cancel()
-	id, err := arbiter.InitDir(ctx, arbiter.DirConfig{Path: path, Timeout: arbiterTimeout})
-	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("%w; make the directory on the shared storage first, and mount it here", err)
-	}
-	if err != nil {
+	info, err := backend.Init(ctx, cfg, c.Bool("reservation"), arbiterTimeout)
+	if err != nil && !errors.Is(err, backend.ErrWitnesses) {
 		return err
 	}
-	_, err = fmt.Fprintln(c.App.Writer, id)
-	return err
+	return errors.Join(err, initialised(c.App.Writer, info))
+}
+
+// initialised tells what the arbiter is now.
+func initialised(w io.Writer, info backend.Info) error {
+	f := newFields(w)
+	switch {
+	case info.LUN != nil:
+		l, by := info.LUN, "COMPARE AND WRITE"
+		if l.Reservation {
+			by = "persistent reservations"
+		}
+		if l.Why != "" {
+			by += "; " + l.Why
+		}
+		f.add("Id", l.ID)
+		f.add("Device", fmt.Sprintf("%s %s %s", l.Device.Vendor, l.Device.Product, l.Device.Revision))
+		f.add("Decides by", by)
+		f.add("Domains", fmt.Sprintf("up to %d", l.Domains))
+	case info.Witnesses != nil:
+		for _, v := range info.Witnesses {
+			answer := "votes"
+			if v.Err != nil {
+				answer = "does not vote"
+			}
+			f.add(v.Address.String(), answer)
+		}
+	default:
+		_, err := fmt.Fprintln(w, info.ID)
+		return err
+	}
+	return f.flush()
 }
 
 func showArbiter(c *cli.Context) error {
@@ -110,13 +140,13 @@ func showArbiter(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	dir, id, err := arbiterOf(c)
+	a, id, err := arbiterOf(c)
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(c.Context, arbiterTimeout)
 	defer cancel()
-	rec, err := dir.Lookup(ctx, id)
+	rec, err := a.Lookup(ctx, id)
 	if errors.Is(err, arbiter.ErrNoRecord) {
 		return fmt.Errorf("%w: the domain was never protected, or was forgotten", err)
 	}
@@ -153,11 +183,11 @@ func forgetArbiter(c *cli.Context) error {
 	if err := arguments(c, 1, 1); err != nil {
 		return err
 	}
-	dir, id, err := arbiterOf(c)
+	a, id, err := arbiterOf(c)
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(c.Context, arbiterTimeout)
 	defer cancel()
-	return dir.Forget(ctx, id)
+	return a.Forget(ctx, id)
 }

@@ -3,8 +3,10 @@
 package cli
 
 import (
+	"context"
 	"encoding/binary"
 	"encoding/json"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -163,6 +165,71 @@ func TestArbiter(t *testing.T) {
 	r := run(t, "", "arbiter", "show", webText, "-o", "yaml", "--path", dir)
 	if r.code != exitOK || !strings.Contains(r.out, "owner: hostb\n") {
 		t.Errorf("owned: %+v", r)
+	}
+}
+
+// A majority is set up by the commands alone: key, witnesses, and the question
+// whether they vote.
+func TestWitness(t *testing.T) {
+	t.Parallel()
+	key := filepath.Join(t.TempDir(), "key")
+	if r := run(t, "", "witness", "key", key); r.code != exitOK || r.out != "" {
+		t.Fatalf("%+v", r)
+	}
+	if r := run(t, "", "witness", "key", key); r.code != exitFailure || !strings.Contains(r.errors, "exists") {
+		t.Errorf("a second key: %+v", r)
+	}
+	if r := run(t, "", "witness", "init", key+".none"); r.code != exitFailure || !strings.Contains(r.errors, "make the directory") {
+		t.Errorf("no directory: %+v", r)
+	}
+	bare := t.TempDir()
+	if r := run(t, "", "witness", "serve", "--path", bare, "--key-file", key); r.code != exitFailure || !strings.Contains(r.errors, "witness init "+bare) {
+		t.Errorf("not initialised: %+v", r)
+	}
+	var list []string
+	for i := range 3 {
+		dir := t.TempDir()
+		first := run(t, "", "witness", "init", dir)
+		if first.code != exitOK || len(strings.TrimSpace(first.out)) < 8 {
+			t.Fatalf("%+v", first)
+		}
+		if again := run(t, "", "witness", "init", dir); again != first {
+			t.Errorf("again: %+v, want %+v", again, first)
+		}
+		ln, err := net.Listen("tcp", fmt.Sprintf("127.0.0.%d:0", i+1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		address := ln.Addr().String()
+		if err := ln.Close(); err != nil {
+			t.Fatal(err)
+		}
+		list = append(list, fmt.Sprintf("%q", strings.TrimSpace(first.out)+"@"+address))
+		ctx, stop := context.WithCancel(context.Background())
+		done := make(chan error, 1)
+		go func() { done <- serveWitness(ctx, dir, address, key) }()
+		t.Cleanup(func() {
+			stop()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	cfg := file(t, "ftvirt.toml", "host = \"hosta\"\n[arbiter]\nkind = \"majority\"\nkey_file = \""+key+"\"\nwitnesses = ["+strings.Join(list, ", ")+"]\n")
+	var r result
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); {
+		if r = run(t, "", "arbiter", "init", "--config", cfg); r.code == exitOK {
+			break
+		}
+	}
+	if r.code != exitOK || strings.Count(r.out, "votes\n") != 3 {
+		t.Fatalf("%+v", r)
+	}
+	if r := run(t, "", "arbiter", "show", webText, "--config", cfg); r.code != exitFailure || !strings.Contains(r.errors, "never protected") {
+		t.Errorf("no record: %+v", r)
+	}
+	if r := run(t, "", "arbiter", "forget", webText, "--config", cfg); r.code != exitOK {
+		t.Errorf("forgetting nothing: %+v", r)
 	}
 }
 

@@ -93,14 +93,29 @@ type Heartbeat struct {
 	Timeout  time.Duration `toml:"timeout"`
 }
 
-// ArbiterDirectory is the arbiter kind that keeps its records in a directory
-// on shared storage.
-const ArbiterDirectory = "directory"
+// The kinds of arbiter.
+const (
+	// ArbiterDirectory keeps its records in a directory on shared storage.
+	ArbiterDirectory = "directory"
+	// ArbiterLUN keeps them on a SCSI logical unit that all hosts reach.
+	ArbiterLUN = "lun"
+	// ArbiterMajority is a majority of witnesses, without shared storage.
+	ArbiterMajority = "majority"
+)
 
 // Arbiter configures the test-and-set of the paper, section 2.3.
 type Arbiter struct {
 	Kind string `toml:"kind"`
-	Path string `toml:"path"`
+	// Path is the directory, Device the block device of the LUN.
+	Path   string `toml:"path"`
+	Device string `toml:"device"`
+	// ID is the identity that the directory or the LUN must have; if empty,
+	// the first one that is seen is taken.
+	ID string `toml:"id"`
+	// Witnesses are all voters of a majority, each ID@HOST:PORT, and KeyFile
+	// holds the secret that they share with the hosts.
+	Witnesses []string `toml:"witnesses"`
+	KeyFile   string   `toml:"key_file"`
 	// Retry is the pause between tries while the storage does not answer.
 	Retry time.Duration `toml:"retry"`
 }
@@ -156,7 +171,7 @@ const (
 // Default gives the values that hold where the file says nothing. Host is the
 // machine's name. One field has no default and fails Validate until it is set:
 // Arbiter.Path, because a directory that is by accident not shared would let
-// both hosts win.
+// both hosts win. The other kinds' Device and Witnesses have none either.
 func Default() Config {
 	host, err := os.Hostname()
 	if err != nil {
@@ -183,8 +198,10 @@ func Default() Config {
 			Timeout:  500 * time.Millisecond,
 		},
 		Arbiter: Arbiter{
-			Kind:  ArbiterDirectory,
-			Retry: 500 * time.Millisecond,
+			Kind:      ArbiterDirectory,
+			Witnesses: []string{},
+			KeyFile:   "/etc/ftvirt/witness.key",
+			Retry:     500 * time.Millisecond,
 		},
 		Clone: Clone{
 			DowntimeLimit: 100 * time.Millisecond,

@@ -248,6 +248,70 @@ func TestValidate(t *testing.T) {
 	}
 }
 
+// Each kind of arbiter needs its keys, and takes none of another kind.
+func TestValidateArbiter(t *testing.T) {
+	t.Parallel()
+	lun := func(a *Arbiter) { a.Kind, a.Path, a.Device = ArbiterLUN, "", "/dev/disk/by-id/x" }
+	majority := func(a *Arbiter) {
+		a.Kind, a.Path = ArbiterMajority, ""
+		a.Witnesses = []string{"a@hosta:1", "b@hostb:1", "c@[2001:db8::1]:1"}
+	}
+	for name, tc := range map[string]struct {
+		base   func(*Arbiter)
+		change func(*Arbiter)
+		field  string // empty if it is valid
+		says   string
+	}{
+		"directory":                  {nil, func(a *Arbiter) { a.ID = "x" }, "", ""},
+		"directory with a device":    {nil, func(a *Arbiter) { a.Device = "/dev/x" }, "arbiter.device", `kind = "lun"`},
+		"directory with witnesses":   {nil, func(a *Arbiter) { a.Witnesses = []string{"a@a:1"} }, "arbiter.witnesses", `kind = "majority"`},
+		"directory without a path":   {nil, func(a *Arbiter) { a.Path = "" }, "arbiter.path", "not set"},
+		"lun":                        {lun, nil, "", ""},
+		"lun without a device":       {lun, func(a *Arbiter) { a.Device = "" }, "arbiter.device", "not set"},
+		"lun with a path":            {lun, func(a *Arbiter) { a.Path = "/x" }, "arbiter.path", `kind = "directory"`},
+		"lun by a relative path":     {lun, func(a *Arbiter) { a.Device = "sdb" }, "arbiter.device", "absolute"},
+		"lun by the kernel's name":   {lun, func(a *Arbiter) { a.Device = "/dev/sdb" }, "arbiter.device", "by-id"},
+		"lun by name and id":         {lun, func(a *Arbiter) { a.Device, a.ID = "/dev/sdb", "x" }, "", ""},
+		"majority":                   {majority, nil, "", ""},
+		"majority of five":           {majority, func(a *Arbiter) { a.Witnesses = append(a.Witnesses, "d@d:1", "e@e:1") }, "", ""},
+		"no witnesses":               {majority, func(a *Arbiter) { a.Witnesses = nil }, "arbiter.witnesses", "3 or 5"},
+		"an even number":             {majority, func(a *Arbiter) { a.Witnesses = append(a.Witnesses, "d@d:1") }, "arbiter.witnesses", "3 or 5"},
+		"a witness without id":       {majority, func(a *Arbiter) { a.Witnesses[1] = "hostb:1" }, "arbiter.witnesses", "witness init"},
+		"a witness without port":     {majority, func(a *Arbiter) { a.Witnesses[1] = "b@hostb" }, "arbiter.witnesses", "ID@HOST:PORT"},
+		"the same witness twice":     {majority, func(a *Arbiter) { a.Witnesses[1] = "a@hostb:1" }, "arbiter.witnesses", "same witness"},
+		"two witnesses on one host":  {majority, func(a *Arbiter) { a.Witnesses[1] = "b@hosta:2" }, "arbiter.witnesses", "on one host"},
+		"majority with an id":        {majority, func(a *Arbiter) { a.ID = "x" }, "arbiter.id", "remove it"},
+		"majority with a path":       {majority, func(a *Arbiter) { a.Path = "/x" }, "arbiter.path", "remove it"},
+		"majority with no key file":  {majority, func(a *Arbiter) { a.KeyFile = "" }, "arbiter.key_file", "absolute"},
+		"a kind that nobody knows":   {nil, func(a *Arbiter) { a.Kind = "" }, "arbiter.kind", `"majority"`},
+		"lun with a misspelled kind": {lun, func(a *Arbiter) { a.Kind = "LUN" }, "arbiter.kind", `"lun"`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c, err := Parse("f", []byte(valid))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, f := range []func(*Arbiter){tc.base, tc.change} {
+				if f != nil {
+					f(&c.Arbiter)
+				}
+			}
+			err = c.Validate()
+			if tc.field == "" {
+				if err != nil {
+					t.Error(err)
+				}
+				return
+			}
+			e, ok := errors.AsType[*FieldError](err)
+			if !ok || e.Field != tc.field || !strings.Contains(e.Error(), tc.says) || strings.Contains(err.Error(), "\n") {
+				t.Errorf("got %v, want %s alone, saying %q", err, tc.field, tc.says)
+			}
+		})
+	}
+}
+
 func TestPeer(t *testing.T) {
 	t.Parallel()
 	c, err := Parse("f", []byte(valid+"[peers.hosta]\nchannel = \"a:1\"\nheartbeat = \"a:2\"\n[peers.hostb]\nchannel = \"b:1\"\nheartbeat = \"b:2\"\n"))

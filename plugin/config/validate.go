@@ -89,14 +89,7 @@ func (c Config) Validate() error {
 		fmt.Sprintf("%s is less than four times heartbeat.interval (%s)", c.Heartbeat.Timeout, c.Heartbeat.Interval),
 		"a few lost datagrams would start a failover: raise it, or lower the interval")
 
-	v.check(c.Arbiter.Kind == ArbiterDirectory, "arbiter.kind", fmt.Sprintf("%q is not known", c.Arbiter.Kind),
-		`use "`+ArbiterDirectory+`"`)
-	if c.Arbiter.Path == "" {
-		v.add("arbiter.path", "it is not set", "name a directory on storage that all hosts share")
-	} else {
-		v.path("arbiter.path", c.Arbiter.Path)
-	}
-	v.period("arbiter.retry", c.Arbiter.Retry)
+	v.arbiter(c.Arbiter)
 
 	v.period("clone.downtime_limit", c.Clone.DowntimeLimit)
 	v.check(c.Clone.DowntimeLimit <= time.Second, "clone.downtime_limit",
@@ -141,6 +134,73 @@ func (v *validation) add(field, reason, remedy string) {
 func (v *validation) check(ok bool, field, reason, remedy string) {
 	if !ok {
 		v.add(field, reason, remedy)
+	}
+}
+
+// kernelDisk is the name of a disk that another one may have after the next
+// boot.
+var kernelDisk = regexp.MustCompile(`^/dev/(sd[a-z]+|dm-[0-9]+)$`)
+
+// arbiter checks what the kind needs, and that nothing is set that only another
+// kind uses: whoever set it expects another arbiter than there would be.
+func (v *validation) arbiter(a Arbiter) {
+	known := slices.Contains([]string{ArbiterDirectory, ArbiterLUN, ArbiterMajority}, a.Kind)
+	for _, k := range []struct {
+		field string
+		set   bool
+		kinds []string
+	}{
+		{"arbiter.path", a.Path != "", []string{ArbiterDirectory}},
+		{"arbiter.device", a.Device != "", []string{ArbiterLUN}},
+		{"arbiter.id", a.ID != "", []string{ArbiterDirectory, ArbiterLUN}},
+		{"arbiter.witnesses", len(a.Witnesses) > 0, []string{ArbiterMajority}},
+	} {
+		v.check(!k.set || slices.Contains(k.kinds, a.Kind) || !known, k.field, fmt.Sprintf("it has no meaning for arbiter.kind = %q", a.Kind),
+			fmt.Sprintf("remove it, or use kind = %q", k.kinds[0]))
+	}
+	switch a.Kind {
+	case ArbiterDirectory:
+		if a.Path == "" {
+			v.add("arbiter.path", "it is not set", "name a directory on storage that all hosts share")
+		} else {
+			v.path("arbiter.path", a.Path)
+		}
+	case ArbiterLUN:
+		if a.Device == "" {
+			v.add("arbiter.device", "it is not set", "name a LUN that all hosts reach, below /dev/disk/by-id")
+		} else {
+			v.path("arbiter.device", a.Device)
+		}
+		v.check(a.ID != "" || !kernelDisk.MatchString(a.Device), "arbiter.device", a.Device+" may be another disk after the next boot",
+			"use its name below /dev/disk/by-id, or set arbiter.id as well")
+	case ArbiterMajority:
+		v.witnesses(a.Witnesses)
+		v.path("arbiter.key_file", a.KeyFile)
+	default:
+		v.add("arbiter.kind", fmt.Sprintf("%q is not known", a.Kind),
+			fmt.Sprintf("use %q, %q or %q", ArbiterDirectory, ArbiterLUN, ArbiterMajority))
+	}
+	v.period("arbiter.retry", a.Retry)
+}
+
+func (v *validation) witnesses(list []string) {
+	const field = "arbiter.witnesses"
+	v.check(len(list) >= 3 && len(list)%2 == 1, field, fmt.Sprintf("%d are not a number of which there always is a majority", len(list)),
+		"name 3 or 5")
+	by := make(map[string]string) // the witness that has an ID or a host
+	for _, w := range list {
+		id, address, _ := strings.Cut(w, "@")
+		host, port, err := net.SplitHostPort(address)
+		if id == "" || err != nil || host == "" || !validPort(port) {
+			v.add(field, fmt.Sprintf("%q is not a witness", w), `write "ID@HOST:PORT", with the ID that 'ftvirt witness init' prints`)
+			continue
+		}
+		if other, twice := by["id "+id]; twice {
+			v.add(field, fmt.Sprintf("%q and %q are the same witness", other, w), "two votes of one would be no majority: name each once")
+		} else if other, twice := by["host "+host]; twice {
+			v.add(field, fmt.Sprintf("%q and %q are on one host", other, w), "they would be lost together: put each on a host of its own")
+		}
+		by["id "+id], by["host "+host] = w, w
 	}
 }
 

@@ -15,11 +15,10 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"os"
 	"time"
 
-	"ftvirt.org/ftvirt/arbiter"
+	"ftvirt.org/ftvirt/arbiter/backend"
 	"ftvirt.org/ftvirt/plugin/config"
 )
 
@@ -45,9 +44,4 @@ func overdue(args []string) int {
 	return exitStatus(err == nil && c.guarded())
 }
 
-func openArbiter(c config.Arbiter) (decider, error) {
-	if c.Kind != config.ArbiterDirectory {
-		return nil, fmt.Errorf("unknown arbiter kind %q", c.Kind)
-	}
-	return arbiter.NewDir(arbiter.DirConfig{Path: c.Path})
-}
+func openArbiter(c config.Arbiter) (decider, error) { return backend.New(c, 0) }
