@@ -10,6 +10,7 @@
 # make soak-failover N=20    kill the primary again and again (root)
 # make soak-clone N=200      make and discard backups again and again (root)
 # make soak-plugin N=100     clone, pause and reset again and again, without libvirt
+# make soak-storage N=5      race for epochs on NFS and iSCSI, N times as long as in the tests (root)
 
 SHELL = /bin/sh
 .SHELLFLAGS = -euc
@@ -36,7 +37,7 @@ list_tests = $(GO) list -tags $(TAGS) -f '{{.ImportPath}} {{join .TestImports " 
 UNIT = $$($(list_tests) | grep -Ev ' $(REAL)( |$$)' | cut -d' ' -f1)
 LAB = $$($(list_tests) | grep -E ' $(REAL)( |$$)' | cut -d' ' -f1)
 
-.PHONY: all deps build test unit-test lab-test demo soak-failover soak-clone soak-plugin lint clean build/guest
+.PHONY: all deps build test unit-test lab-test demo soak-failover soak-clone soak-plugin soak-storage lint clean build/guest
 
 all: build
 
@@ -70,6 +71,9 @@ soak-plugin: N ?= 100
 soak-plugin: build build/guest
 	$(GO) test -tags $(TAGS) -count 1 -timeout 0 -v ./plugin/qemu/plugintest -run 'TestClone|TestPause|TestReset' \
 		-clones $(N) -every 2 -pauses $(N) -resets $$(( ($(N) + 4) / 5 ))
+
+soak-storage: build build/guest
+	$(GO) test -tags $(TAGS) -v -count 1 -timeout 60m ./arbiter/storagetest -soak $(or $(N),5)
 
 lint: deps $(GOLANGCI)
 	@unformatted=$$(gofmt -l $(GOFILES)); if [ -n "$$unformatted" ]; then echo "not formatted by gofmt:"; echo "$$unformatted"; exit 1; fi

@@ -29,7 +29,7 @@ const (
 // order is what the suite asks of a contender, answer what that says. Both
 // travel as lines of JSON.
 type order struct {
-	Op     string // "open", "acquire" or "close"
+	Op     string // "open", "acquire", "wait", "close" or "lookup"
 	Domain plugin.UUID
 	Epoch  plugin.Epoch
 	Host   string
@@ -38,6 +38,7 @@ type order struct {
 
 type answer struct {
 	Epoch  plugin.Epoch
+	Record arbiter.Record
 	Lost   bool
 	Winner string
 	Closed bool
@@ -100,6 +101,10 @@ func contend(a arbiter.Arbiter, in io.Reader, out io.Writer) error {
 			reply.Epoch, err = a.Open(context.Background(), o.Domain, o.Host, o.Peer)
 		case "acquire":
 			err = a.Acquire(context.Background(), o.Domain, o.Epoch, o.Host)
+		case "wait":
+			err = arbiter.AcquireRetry(context.Background(), a, o.Domain, o.Epoch, o.Host, arbiter.Retry{})
+		case "lookup":
+			reply.Record, err = a.Lookup(context.Background(), o.Domain)
 		case "close":
 			err = a.Close(context.Background(), o.Domain, o.Epoch, o.Host)
 		default:
@@ -117,15 +122,91 @@ func contend(a arbiter.Arbiter, in io.Reader, out io.Writer) error {
 	}
 }
 
-// contender is this test binary in another process.
-type contender struct {
-	cmd  *exec.Cmd
+// Contender is this test binary in another process, perhaps on another machine.
+type Contender struct {
 	in   *json.Encoder
 	out  *json.Decoder
-	done func()
+	host string
 }
 
-func startContender(t testing.TB, b Backend, target, point string) *contender {
+// NewContender gives the contender that reads conn and answers on it, which acts
+// for one of the two hosts, "a" and "b", of the races.
+func NewContender(conn io.ReadWriter, host string) *Contender {
+	return &Contender{in: json.NewEncoder(conn), out: json.NewDecoder(bufio.NewReader(conn)), host: "host-" + host}
+}
+
+// ContenderEnv is the environment that makes the test binary a contender for
+// storage that exists.
+func ContenderEnv(b Backend, target string) []string {
+	return []string{envName + "=" + b.Name, envTarget + "=" + target}
+}
+
+func (c *Contender) ask(o order) (answer, error) {
+	if err := c.in.Encode(o); err != nil {
+		return answer{}, fmt.Errorf("ordering %s: %w", o.Op, err)
+	}
+	return c.answer(o)
+}
+
+func (c *Contender) answer(o order) (answer, error) {
+	var a answer
+	if err := c.out.Decode(&a); err != nil {
+		return answer{}, fmt.Errorf("%s at host %s: %w", o.Op, c.host, err)
+	}
+	return a, a.err(o)
+}
+
+// Race lets contenders, of both hosts, race for one epoch after the other. In
+// each, between is called once all were told to, if it is not nil; then they
+// wait for storage that does not answer.
+func Race(t testing.TB, contenders []*Contender, rounds int, between func(round int)) {
+	t.Helper()
+	domain, first := newDomain(), contenders[0]
+	op := "acquire"
+	if between != nil {
+		op = "wait"
+	}
+	primary, backup := hostA, hostB
+	won := make(map[string]int)
+	for round := range rounds {
+		opened, err := first.ask(order{Op: "open", Domain: domain, Host: primary, Peer: backup})
+		if err != nil {
+			t.Fatalf("round %d: %v", round, err)
+		}
+		o := order{Op: op, Domain: domain, Epoch: opened.Epoch}
+		// Each goes first in its turn, or the first written to would always
+		// win.
+		for i := range contenders {
+			c := contenders[(i+round)%len(contenders)]
+			o.Host = c.host
+			if err := c.in.Encode(o); err != nil {
+				t.Fatalf("round %d: %v", round, err)
+			}
+		}
+		if between != nil {
+			between(round)
+		}
+		ref := newReferee()
+		for _, c := range contenders {
+			_, err := c.answer(o)
+			ref.answer(c.host, err)
+		}
+		looked, err := first.ask(order{Op: "lookup", Domain: domain})
+		if err != nil {
+			t.Fatalf("round %d: %v", round, err)
+		}
+		if err := ref.verdict(looked.Record, len(contenders)); err != nil {
+			t.Fatalf("round %d: %v", round, err)
+		}
+		if won[looked.Record.Owner]++; looked.Record.Owner != primary {
+			primary, backup = backup, primary
+		}
+	}
+	t.Logf("won: %v", won)
+}
+
+// startContender starts a contender here; done ends it.
+func startContender(t testing.TB, b Backend, target, point, host string) (c *Contender, done func()) {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
@@ -133,7 +214,7 @@ func startContender(t testing.TB, b Backend, target, point string) *contender {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	cmd := exec.CommandContext(ctx, self)
-	cmd.Env = append(os.Environ(), envName+"="+b.Name, envTarget+"="+target, envPoint+"="+point)
+	cmd.Env = append(append(os.Environ(), ContenderEnv(b, target)...), envPoint+"="+point)
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {
@@ -146,56 +227,28 @@ func startContender(t testing.TB, b Backend, target, point string) *contender {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	c := &contender{cmd: cmd, in: json.NewEncoder(in), out: json.NewDecoder(bufio.NewReader(out))}
-	c.done = func() {
+	conn := struct {
+		io.Reader
+		io.Writer
+	}{out, in}
+	return NewContender(conn, host), func() {
 		_ = in.Close()
 		// A contender that was told to crash ends with an error; what it
 		// did is judged by the storage.
 		_ = cmd.Wait()
 		cancel()
 	}
-	return c
 }
 
 func testProcessRace(t *testing.T, b Backend) {
-	s := fresh(t, b)
-	hosts := []string{hostA, hostB, hostA, hostB}
-	var contenders []*contender
-	for range hosts {
-		c := startContender(t, b, s.target, "")
-		defer c.done()
+	target := b.New(t)
+	var contenders []*Contender
+	for _, host := range []string{"a", "b", "a", "b"} {
+		c, done := startContender(t, b, target, "", host)
+		defer done()
 		contenders = append(contenders, c)
 	}
-	won := make(map[string]int)
-	for round := range b.rounds() {
-		primary, backup := hostA, hostB
-		if rec, err := s.Lookup(t.Context(), s.domain); err == nil && rec.Owner == hostB {
-			primary, backup = hostB, hostA
-		}
-		epoch := s.mustOpen(primary, backup)
-		// Each goes first in its turn, or the first written to would always
-		// win.
-		for i := range contenders {
-			n := (i + round) % len(contenders)
-			if err := contenders[n].in.Encode(order{Op: "acquire", Domain: s.domain, Epoch: epoch, Host: hosts[n]}); err != nil {
-				t.Fatalf("round %d: %v", round, err)
-			}
-		}
-		ref := newReferee()
-		for i, c := range contenders {
-			var a answer
-			if err := c.out.Decode(&a); err != nil {
-				t.Fatalf("round %d: contender %d: %v", round, i, err)
-			}
-			ref.answer(hosts[i], a.err(order{Domain: s.domain, Epoch: epoch}))
-		}
-		rec := s.mustLookup()
-		if err := ref.verdict(rec, len(contenders)); err != nil {
-			t.Fatalf("round %d: %v", round, err)
-		}
-		won[rec.Owner]++
-	}
-	t.Logf("won: %v", won)
+	Race(t, contenders, b.rounds(), nil)
 }
 
 // testCrash lets a process die at a step of each operation. Whatever it left
@@ -203,13 +256,9 @@ func testProcessRace(t *testing.T, b Backend) {
 func testCrash(t *testing.T, b Backend, point string) {
 	crash := func(s *storage, o order) {
 		t.Helper()
-		c := startContender(t, b, s.target, point)
-		defer c.done()
-		if err := c.in.Encode(o); err != nil {
-			t.Fatal(err)
-		}
-		var a answer
-		if err := c.out.Decode(&a); !errors.Is(err, io.EOF) {
+		c, done := startContender(t, b, s.target, point, "a")
+		defer done()
+		if a, err := c.ask(o); !errors.Is(err, io.EOF) {
 			t.Fatalf("%s at %s: answer %+v, %v; want a crash", o.Op, point, a, err)
 		}
 	}

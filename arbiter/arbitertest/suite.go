@@ -61,13 +61,17 @@ const (
 	hostA, hostB, hostC = "host-a", "host-b", "host-c"
 )
 
-var domains atomic.Uint64
+var (
+	domains atomic.Uint64
+	process = rand.Uint64()
+)
 
-// newDomain gives a UUID that no other test of this process uses.
+// newDomain gives a UUID that no other test uses, also not in another process on
+// the same storage.
 func newDomain() plugin.UUID {
 	var u plugin.UUID
+	binary.BigEndian.PutUint64(u[:], process)
 	binary.BigEndian.PutUint64(u[8:], domains.Add(1))
-	u[0] = 0xf7
 	return u
 }
 
