@@ -60,6 +60,7 @@ type machine struct {
 	consumed control.Consumed
 	stats    control.Stats
 	diverged *control.Diverged
+	refused  int // commands
 	changed  chan struct{}
 }
 
@@ -292,7 +293,10 @@ func (m *machine) handler() control.Handler {
 			m.log("DIVERGED %+v", d)
 			m.update(func() { m.diverged = &d })
 		},
-		Refused: func(err error) { m.log("%v", err) },
+		Refused: func(err error) {
+			m.log("%v", err)
+			m.update(func() { m.refused++ })
+		},
 	}
 }
 
@@ -639,8 +643,28 @@ func (p *pair) round(ctx context.Context, i int) error {
 	return err
 }
 
+// fenced demands that the backup does not go live for another epoch than its own.
+func (p *pair) fenced(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 8*time.Second)
+	defer cancel()
+	p.b.update(func() { p.b.refused = 0 })
+	for _, other := range []plugin.Epoch{p.epoch - 1, p.epoch + 1} {
+		if err := p.b.plugin.Promote(other); err != nil {
+			return err
+		}
+	}
+	err := p.b.wait(ctx, "backup refuses other epochs", func() bool { return p.b.refused == 2 })
+	if err == nil && p.b.last.Mode == control.ModeLive {
+		err = errors.New("live for another epoch")
+	}
+	return err
+}
+
 // goLive stops the primary dead, as a crash does, and lets the backup go on.
 func (p *pair) goLive(ctx context.Context) error {
+	if err := p.fenced(ctx); err != nil {
+		return err
+	}
 	p.mu.Lock()
 	p.over = true
 	p.cond.Broadcast()
