@@ -29,6 +29,7 @@ SHFILES = .ci/run $(shell git ls-files --cached --others --exclude-standard '*.s
 
 GOLANGCI_VERSION = v2.15.0
 GOLANGCI = build/tools/golangci-lint-$(GOLANGCI_VERSION)
+PROMTOOL = build/tools/promtool
 
 # Packages whose tests run real guests take turns; the others run at once and
 # with the race detector.
@@ -49,13 +50,24 @@ build: deps
 	$(GO) build -tags $(TAGS) -o bin/ftvirt ./plugin/cmd/ftvirt
 	CGO_ENABLED=0 $(GO) build -o bin/ftvirt-hook ./hooks/cmd/ftvirt-hook
 
+# Checks alert rules. Taken out of Debian's package, since installing that would
+# start a server.
+$(PROMTOOL): deps
+	rm -rf build/tools/prometheus
+	mkdir -p build/tools/prometheus
+	cd build/tools/prometheus && apt-get -q -o APT::Sandbox::User=root download prometheus
+	dpkg-deb --fsys-tarfile build/tools/prometheus/*.deb | tar -xO ./usr/bin/promtool >$@.tmp
+	chmod +x $@.tmp
+	mv $@.tmp $@
+	rm -r build/tools/prometheus
+
 # The lab's guest, made once; the network is needed for Debian's kernel.
 build/guest: deps
 	$(GO) run ./plugin/lab/guest/cmd/ftguest-build $@
 
 test: unit-test lab-test
 
-unit-test: build
+unit-test: build | $(PROMTOOL)
 	$(GO) test -tags $(TAGS) -race -timeout 5m $(UNIT)
 
 lab-test: build build/guest unit-test

@@ -54,7 +54,7 @@ var rules = []rule{
 	{packages: []string{"plugin"}, ours: []string{}, pure: true},
 	{packages: []string{"plugin/rrlog", "plugin/pair", "hooks"}, ours: []string{"plugin"}, pure: true},
 	{packages: []string{"arbiter/paxos"}, ours: []string{}, pure: true},
-	{packages: []string{"plugin/detect", "plugin/control", "plugin/virt"}, ours: []string{"plugin"}},
+	{packages: []string{"plugin/detect", "plugin/control", "plugin/metrics", "plugin/virt"}, ours: []string{"plugin"}},
 	{packages: []string{"arbiter/scsi"}, ours: []string{}},
 	{packages: []string{"arbiter"}, ours: []string{"arbiter/paxos", "arbiter/scsi", "plugin"}},
 	{packages: []string{"arbiter/backend"}, ours: []string{"arbiter", "plugin/config"}},

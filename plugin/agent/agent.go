@@ -102,6 +102,13 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 		_ = peers.Close()
 		return err
 	}
+	scrapes, err := a.listenMetrics(ctx)
+	if err != nil {
+		_ = plugins.Close()
+		_ = peers.Close()
+		_ = admin.Close()
+		return err
+	}
 	// What serves outlives the wish to stop, so that peers can be told of it.
 	outer := ctx
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
@@ -123,6 +130,9 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	group.Go(func() error { return a.detect.Run(ctx) })
 	group.Go(func() error { return channel.Serve(ctx, peers, a.channel, a.servePeer) })
 	group.Go(func() error { return a.serveAdmin(ctx, admin) })
+	if scrapes != nil {
+		group.Go(func() error { return a.serveMetrics(ctx, scrapes) })
+	}
 	group.Go(func() error {
 		return plugins.Serve(func(s *control.Session) { a.servePlugin(ctx, s) },
 			func(err error) { a.log.Warn("a plugin was refused", "error", err) })

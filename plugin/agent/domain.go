@@ -12,6 +12,7 @@ import (
 	"ftvirt.org/ftvirt/migrate"
 	"ftvirt.org/ftvirt/plugin"
 	"ftvirt.org/ftvirt/plugin/control"
+	"ftvirt.org/ftvirt/plugin/metrics"
 	"ftvirt.org/ftvirt/plugin/pair"
 	"ftvirt.org/ftvirt/plugin/virt"
 )
@@ -42,6 +43,9 @@ type domain struct {
 	avoid    string // the peer on which it failed
 	retryAt  time.Time
 
+	tally tally
+	acks  *metrics.Histogram // how long pieces of the log waited for their acks
+
 	adoptions int // of what an earlier agent left, under way
 
 	enabling sync.Mutex    // held while a clone is being begun
@@ -52,6 +56,7 @@ func newDomain(a *Agent, id plugin.UUID) *domain {
 	return &domain{
 		a: a, id: id, name: id.String(), inbox: make(chan pair.Event, 256), stops: make(chan virt.Stopped, 8),
 		attached: make(chan struct{}), kicked: make(chan struct{}, 1), closing: map[plugin.Epoch]bool{},
+		acks:   metrics.NewHistogram(control.DelayBounds[:]),
 		status: pair.Status{Role: plugin.RoleNone, Reason: pair.NotEnabled},
 	}
 }

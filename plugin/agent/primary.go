@@ -49,6 +49,7 @@ type primary struct {
 	dec    *rrlog.Decoder  // of the log as it was sent, to see a deliberate end
 	layout rrlog.Layout    // for one that is made later
 	acked  plugin.Position
+	timer  ackTimer
 	lag    time.Duration
 	pacer  pacer
 	paced  float64 // part of its time that the primary pauses
@@ -259,7 +260,9 @@ func (p *primary) ship(pos plugin.Position, b []byte) error {
 	b = b[p.expect-pos:] // sent before, as after the plugin was made to resume
 	pos = p.expect
 	p.expect += plugin.Position(len(b))
-	p.rate.add(len(b), time.Now())
+	now := time.Now()
+	p.rate.add(len(b), now)
+	p.timer.send(p.expect, now)
 	var fresh []byte // not sent before over another session
 	if known := p.dec.Position(); p.expect > known && p.dec.Err() == nil {
 		fresh = b[len(b)-int(p.expect-known):]
@@ -348,6 +351,7 @@ func (p *primary) serve(conn *channel.Conn) error {
 			p.mu.Lock()
 			v := p.vm
 			p.acked = max(p.acked, m.Position)
+			p.timer.ack(m.Position, time.Now(), p.d.acks)
 			p.mu.Unlock()
 			if err := v.Ack(m.Position); err != nil {
 				p.d.a.log.Debug("plugin", "domain", p.d.label(), "error", err)
@@ -438,6 +442,7 @@ func (p *primary) resume(target string) (*channel.Conn, error) {
 	}
 	p.mu.Lock()
 	p.conn, p.expect = conn, from
+	p.timer.reset()
 	if target == targetAdopt {
 		p.dec = rrlog.NewDecoder(p.layout, rrlog.StartAt(from, 0))
 	}

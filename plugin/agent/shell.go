@@ -24,6 +24,7 @@ func (d *domain) execute(ctx context.Context, act pair.Action) {
 		d.a.log.Info(act.Line, "domain", d.label())
 	case pair.ActionEmitEvent:
 		d.record(act.State, act.Reason, act.Epoch)
+		d.tally.happened(act.State, act.Reason, act.Epoch, b != nil && b.epoch == act.Epoch)
 		if act.State == pair.Unprotected || act.State == pair.Live || act.State == pair.Failed {
 			d.endData(p, b)
 		}
@@ -125,6 +126,7 @@ func (d *domain) acquire(ctx context.Context, epoch plugin.Epoch) {
 			d.a.log.Warn("arbiter", "domain", d.label(), "epoch", epoch, "error", err)
 			ev.Kind = pair.EventArbiterUnavailable
 		}
+		d.tally.answered(ev.Kind)
 		d.post(ev)
 	})
 }

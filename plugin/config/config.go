@@ -49,6 +49,7 @@ type Config struct {
 	Clone     Clone           `toml:"clone"`
 	Protect   Protect         `toml:"protect"`
 	Replay    Replay          `toml:"replay"`
+	Metrics   Metrics         `toml:"metrics"`
 	Peers     map[string]Peer `toml:"peers"`
 }
 
@@ -154,6 +155,12 @@ type Replay struct {
 	// LogDir is where a primary's host keeps the event logs of its epochs, for
 	// diagnosis; empty keeps none.
 	LogDir string `toml:"log_dir"`
+}
+
+// Metrics configures what the agent shows to Prometheus.
+type Metrics struct {
+	// Listen is where /metrics is served; empty serves it nowhere.
+	Listen string `toml:"listen"`
 }
 
 // Peer says where another host's agent listens.

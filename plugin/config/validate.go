@@ -115,6 +115,10 @@ func (c Config) Validate() error {
 		v.path("replay.log_dir", c.Replay.LogDir)
 	}
 
+	if c.Metrics.Listen != "" {
+		v.listen("metrics.listen", c.Metrics.Listen)
+	}
+
 	for _, name := range slices.Sorted(maps.Keys(c.Peers)) {
 		key := "peers." + tomlKey(name)
 		v.check(hostName.MatchString(name), key, "it is not a host name",

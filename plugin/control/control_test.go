@@ -182,6 +182,30 @@ func TestReports(t *testing.T) {
 	}
 }
 
+// A QEMU that runs has the plugin of before an upgrade, which counts no delays.
+func TestStatsOfAnOlderPlugin(t *testing.T) {
+	numbers := func(n int) []byte {
+		b := make([]byte, 8*n)
+		for i := range n {
+			b[8*i+7] = byte(i + 1)
+		}
+		return b
+	}
+	s, err := parseStats(numbers(9))
+	if err != nil || s.Counted || s.Acked != 1 || s.Released != 5 || s.HeldNS != 9 {
+		t.Errorf("before: %+v, %v", s, err)
+	}
+	s, err = parseStats(numbers(9 + DelayClasses))
+	if err != nil || !s.Counted || s.HeldNS != 9 || s.Delays[0] != 10 || s.Delays[DelayClasses-1] != 21 {
+		t.Errorf("now: %+v, %v", s, err)
+	}
+	for _, n := range []int{8, 10, 9 + DelayClasses + 1} {
+		if _, err := parseStats(numbers(n)); !errors.Is(err, ErrMalformed) {
+			t.Errorf("%d numbers: %v", n, err)
+		}
+	}
+}
+
 func TestRunEndsWithContext(t *testing.T) {
 	_, sessions, _ := serve(t, frame(frameHello, hello()...))
 	s := <-sessions
@@ -206,6 +230,7 @@ func FuzzReports(f *testing.F) {
 	f.Add(byte(frameState), make([]byte, 42))
 	f.Add(byte(frameConsumed), make([]byte, 25))
 	f.Add(byte(frameStats), make([]byte, 72))
+	f.Add(byte(frameStats), make([]byte, 72+8*DelayClasses))
 	f.Add(byte(frameDiverged), make([]byte, 24))
 	f.Add(byte(frameError), []byte{1})
 	f.Add(byte(0xff), []byte{})

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"ftvirt.org/ftvirt/plugin"
 )
@@ -127,14 +128,30 @@ type Consumed struct {
 	Starving, Loaded, Running bool
 }
 
-// Stats reports on the primary's log and its output gate.
+// Stats reports on the primary's log and its output gate. Packets are counted
+// since QEMU began.
 type Stats struct {
 	Acked, Head               plugin.Position
 	Icount                    uint64
 	Queued, Released, Dropped uint64 // packets
-	DelayNS, DelayMaxNS       uint64 // sum since the epoch began; largest since the last report
+	DelayNS, DelayMaxNS       uint64 // sum over those released; largest since the last report
 	HeldNS                    int64  // how long the guest has waited for room in the log
+	// Delays counts the released packets by their delay: the first of
+	// [DelayBounds] that is not less, or the last element. A plugin of before
+	// tells none, which Counted tells apart.
+	Delays  [DelayClasses]uint64
+	Counted bool
 }
+
+// DelayBounds are the upper bounds of the classes of [Stats.Delays], but for the
+// last, which has none.
+var DelayBounds = [DelayClasses - 1]time.Duration{
+	500 * time.Microsecond, time.Millisecond, 2 * time.Millisecond, 5 * time.Millisecond, 10 * time.Millisecond,
+	20 * time.Millisecond, 50 * time.Millisecond, 100 * time.Millisecond, 200 * time.Millisecond, 500 * time.Millisecond, time.Second,
+}
+
+// DelayClasses is the number of classes of delay.
+const DelayClasses = 12
 
 // Diverged reports that the backup does not consume the log it has.
 type Diverged struct {
@@ -231,6 +248,11 @@ func parseStats(p []byte) (Stats, error) {
 	s := Stats{
 		Acked: r.pos(), Head: r.pos(), Icount: r.uint(8), Queued: r.uint(8), Released: r.uint(8),
 		Dropped: r.uint(8), DelayNS: r.uint(8), DelayMaxNS: r.uint(8), HeldNS: int64(r.uint(8)),
+	}
+	if s.Counted = len(r.p) > 0; s.Counted {
+		for i := range s.Delays {
+			s.Delays[i] = r.uint(8)
+		}
 	}
 	return s, r.err()
 }

@@ -33,6 +33,9 @@ const (
 	numStates
 )
 
+// States lists all of them.
+func States() []State { return []State{Unprotected, Cloning, Protected, GoingLive, Live, Failed} }
+
 var stateNames = [numStates]string{"unprotected", "cloning", "protected", "going-live", "live", "failed"}
 
 func (s State) String() string { return name(stateNames[:], s) }

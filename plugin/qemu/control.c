@@ -145,7 +145,7 @@ static void send_hello(void)
 
 static void send_stats(void)
 {
-    uint8_t *p = frame(STATS, 8 * 9);
+    uint8_t *p = frame(STATS, 8 * (9 + FT_GATE_DELAYS));
 
     if (!p) {
         return;
@@ -158,7 +158,10 @@ static void send_stats(void)
     p = put(p, ft.gate_dropped, 8);
     p = put(p, ft.gate_delay_ns, 8);
     p = put(p, ft.gate_delay_max_ns, 8);
-    put(p, ft.full_since_ns ? ft_now_ns() - ft.full_since_ns : 0, 8);
+    p = put(p, ft.full_since_ns ? ft_now_ns() - ft.full_since_ns : 0, 8);
+    for (int i = 0; i < FT_GATE_DELAYS; i++) {
+        p = put(p, ft.gate_delays[i], 8);
+    }
     ft.gate_delay_max_ns = 0;
 }
 

@@ -37,6 +37,8 @@ enum ft_mode {
 /* Gate limits: beyond these a packet is lost, as on a full network queue. */
 #define FT_GATE_PACKETS 4096
 #define FT_GATE_BYTES (16u << 20)
+/* Classes of delay that packets are counted in; PROTOCOL.md has the bounds. */
+#define FT_GATE_DELAYS 12
 /* Thousandths of its time that a vCPU may be made to pause. */
 #define FT_PACE_MOST 900
 /* A frame from the agent may not be longer than this. */
@@ -108,6 +110,7 @@ struct ft_state {
     unsigned gate_count;
     size_t gate_bytes;
     uint64_t gate_released, gate_dropped, gate_delay_ns, gate_delay_max_ns;
+    uint64_t gate_delays[FT_GATE_DELAYS]; /* packets released, by delay */
 
     int64_t stopped_ns; /* when the VM was last stopped */
     int64_t pause_ns;   /* how long the clone stopped it */

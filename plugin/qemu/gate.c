@@ -146,6 +146,21 @@ void ft_gate_release(void)
     pthread_mutex_unlock(&ft.lock);
 }
 
+/* Which class a delay belongs to. The last has no bound. */
+static int class_of(uint64_t delay_ns)
+{
+    static const uint64_t most_us[FT_GATE_DELAYS - 1] = {
+        500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000, 500000,
+        1000000,
+    };
+    int i = 0;
+
+    while (i < FT_GATE_DELAYS - 1 && delay_ns > most_us[i] * 1000) {
+        i++;
+    }
+    return i;
+}
+
 /* Takes every packet off the queue that may leave; the lock is held. */
 static struct ft_packet *take(void)
 {
@@ -157,6 +172,7 @@ static struct ft_packet *take(void)
 
         ft.gate_released++;
         ft.gate_delay_ns += delay;
+        ft.gate_delays[class_of(delay)]++;
         if (delay > ft.gate_delay_max_ns) {
             ft.gate_delay_max_ns = delay;
         }

@@ -117,6 +117,17 @@ func TestOutputRule(t *testing.T) {
 	if !answers(t, conn, 2*time.Second) {
 		t.Fatal("no reply after the ack")
 	}
+	// The reply waited for about the second in which none came.
+	if err := a.wait(ctx, "the delays of packets are counted", func() bool {
+		var all uint64
+		for _, n := range a.stats.Delays {
+			all += n
+		}
+		long := a.stats.Delays[control.DelayClasses-2] + a.stats.Delays[control.DelayClasses-1]
+		return a.stats.Counted && all == a.stats.Released && long > 0
+	}); err != nil {
+		t.Fatal(err)
+	}
 
 	// The agent is gone for a while; its unacknowledged log comes again.
 	acked := rec.end()
