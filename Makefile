@@ -4,6 +4,7 @@
 # make build   programs and the QEMU plugin, into bin/
 # make test    everything a change must pass, at most 25 minutes (root)
 # make demo    protect a guest and kill its primary; KEEP=1 leaves the lab up (root)
+# make docs    manual pages and shell completions, into build/docs
 # make lint    formatting, vet, linters, C warnings
 # make clean   remove bin/ and build/
 #
@@ -38,7 +39,7 @@ list_tests = $(GO) list -tags $(TAGS) -f '{{.ImportPath}} {{join .TestImports " 
 UNIT = $$($(list_tests) | grep -Ev ' $(REAL)( |$$)' | cut -d' ' -f1)
 LAB = $$($(list_tests) | grep -E ' $(REAL)( |$$)' | cut -d' ' -f1)
 
-.PHONY: all deps build test unit-test lab-test demo soak-failover soak-clone soak-plugin soak-storage lint clean build/guest
+.PHONY: all deps build test unit-test lab-test demo soak-failover soak-clone soak-plugin soak-storage lint clean build/guest docs
 
 all: build
 
@@ -49,6 +50,10 @@ build: deps
 	$(MAKE) -C plugin/qemu OUT=$(CURDIR)/bin/ftvirt.so
 	$(GO) build -tags $(TAGS) -o bin/ftvirt ./plugin/cmd/ftvirt
 	CGO_ENABLED=0 $(GO) build -o bin/ftvirt-hook ./hooks/cmd/ftvirt-hook
+
+docs: deps
+	$(GO) run -tags $(TAGS) ./plugin/cmd/ftvirt-docs build/docs
+	install -m 0644 contrib/man/* build/docs
 
 # Checks alert rules. Taken out of Debian's package, since installing that would
 # start a server.

@@ -14,6 +14,8 @@ base='busybox-static ca-certificates e2fsprogs gcc git hostname iproute2 libc6-d
 # initiator needs beside the kernel. The tests run them by themselves, so the
 # services that come with the packages stay off.
 storage='nfs-ganesha nfs-ganesha-vfs open-iscsi rpcbind tgt'
+# What reads manual pages and completions, for their tests.
+docs='fish man-db mandoc zsh'
 oldest_qemu=1:9.1
 
 fail() {
@@ -40,7 +42,7 @@ apt_ok() { apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1; }
 go_ok() { command -v go >/dev/null; }
 
 # shellcheck disable=SC2086
-if virt_ok && [ -z "$(missing $base $storage)" ] && apt_ok && go_ok; then
+if virt_ok && [ -z "$(missing $base $docs $storage)" ] && apt_ok && go_ok; then
 	exit 0
 fi
 
@@ -97,7 +99,7 @@ install_silently() {
 apt_get update
 # What is installed already is left as it is: naming it would upgrade it.
 # shellcheck disable=SC2046,SC2086
-apt_get install -y --no-install-recommends $(missing $base)
+apt_get install -y --no-install-recommends $(missing $base $docs)
 if ! virt_ok; then
 	# shellcheck disable=SC2086
 	apt_get install -y --no-install-recommends ${target:+-t "$target"} $virt

@@ -59,7 +59,7 @@ var rules = []rule{
 	{packages: []string{"arbiter"}, ours: []string{"arbiter/paxos", "arbiter/scsi", "plugin"}},
 	{packages: []string{"arbiter/backend"}, ours: []string{"arbiter", "plugin/config"}},
 	{packages: []string{"arbiter/arbitertest"}, ours: []string{"arbiter", "plugin"}},
-	{packages: []string{"plugin/config", "plugin/lab/guest"}, ours: []string{}},
+	{packages: []string{"plugin/clidoc", "plugin/config", "plugin/lab/guest"}, ours: []string{}},
 	{packages: []string{"plugin/channel"}, ours: []string{"plugin", "plugin/rrlog"}},
 	{packages: []string{"migrate"}, ours: []string{"hooks", "plugin", "plugin/channel"}},
 	// The hook must start without the agent's parts, and without cgo.
@@ -79,6 +79,7 @@ var reserved = []struct {
 	{module + "/plugin/virt", []string{"plugin/agent"}, true},
 	{module + "/plugin/agent", []string{"plugin/agent/...", "plugin/cli", "plugin/cmd/..."}, true},
 	{module + "/plugin/cli", []string{"plugin/cmd/..."}, true},
+	{module + "/plugin/clidoc", []string{"plugin/cmd/..."}, true},
 	{module + "/plugin/lab", []string{"plugin/lab/...", "plugin/cli", "plugin/cmd/..."}, true},
 	{module + "/plugin/lab/labtest", nil, true},
 	{module + "/arbiter/arbitertest", nil, true},
