@@ -5,6 +5,7 @@
 # make test    everything a change must pass, at most 25 minutes (root)
 # make demo    protect a guest and kill its primary; KEEP=1 leaves the lab up (root)
 # make docs    manual pages and shell completions, into build/docs
+# make deb     Debian packages, into build/deb
 # make lint    formatting, vet, linters, C warnings
 # make clean   remove bin/ and build/
 #
@@ -12,6 +13,8 @@
 # make soak-clone N=200      make and discard backups again and again (root)
 # make soak-plugin N=100     clone, pause and reset again and again, without libvirt
 # make soak-storage N=5      race for epochs on NFS and iSCSI, N times as long as in the tests (root)
+# make test-deb              install, upgrade, remove and purge the packages in a
+#                            Debian of their own, and run lintian (root, network)
 
 SHELL = /bin/sh
 .SHELLFLAGS = -euc
@@ -31,6 +34,12 @@ SHFILES = .ci/run $(shell git ls-files --cached --others --exclude-standard '*.s
 GOLANGCI_VERSION = v2.15.0
 GOLANGCI = build/tools/golangci-lint-$(GOLANGCI_VERSION)
 PROMTOOL = build/tools/promtool
+# The newest whose modules the Go proxy has all of. It is no dependency of go.mod:
+# it would bring a hundred modules.
+NFPM_VERSION = v2.45.0
+NFPM = build/tools/nfpm-$(NFPM_VERSION)
+VERSION = 0.1.0
+PACKAGES = ftvirt ftvirt-agent ftvirt-qemu-plugin
 
 # Packages whose tests run real guests take turns; the others run at once and
 # with the race detector.
@@ -39,7 +48,7 @@ list_tests = $(GO) list -tags $(TAGS) -f '{{.ImportPath}} {{join .TestImports " 
 UNIT = $$($(list_tests) | grep -Ev ' $(REAL)( |$$)' | cut -d' ' -f1)
 LAB = $$($(list_tests) | grep -E ' $(REAL)( |$$)' | cut -d' ' -f1)
 
-.PHONY: all deps build test unit-test lab-test demo soak-failover soak-clone soak-plugin soak-storage lint clean build/guest docs
+.PHONY: all deps build test unit-test lab-test demo soak-failover soak-clone soak-plugin soak-storage lint clean build/guest docs deb test-deb
 
 all: build
 
@@ -47,13 +56,41 @@ deps:
 	@contrib/deps.sh
 
 build: deps
-	$(MAKE) -C plugin/qemu OUT=$(CURDIR)/bin/ftvirt.so
+	$(MAKE) -C plugin/qemu OUT=$(CURDIR)/bin/ftvirt.so VERSION=$(VERSION)
 	$(GO) build -tags $(TAGS) -o bin/ftvirt ./plugin/cmd/ftvirt
 	CGO_ENABLED=0 $(GO) build -o bin/ftvirt-hook ./hooks/cmd/ftvirt-hook
 
 docs: deps
 	$(GO) run -tags $(TAGS) ./plugin/cmd/ftvirt-docs build/docs
 	install -m 0644 contrib/man/* build/docs
+
+package = for package in $(PACKAGES); do \
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) VERSION=$(1) \
+		$(NFPM) package -p deb -f "contrib/debian/$$package.yaml" -t $(2); done
+
+# The same commit gives the same packages: no path and no time of the build.
+deb: build docs $(NFPM)
+	rm -rf build/deb
+	mkdir -p build/deb
+	$(GO) build -tags $(TAGS) -trimpath -buildmode=pie -ldflags '-s -w' -o build/deb/ftvirt ./plugin/cmd/ftvirt
+	CGO_ENABLED=0 $(GO) build -trimpath -buildmode=pie -ldflags '-s -w' -o build/deb/ftvirt-hook ./hooks/cmd/ftvirt-hook
+	strip --strip-unneeded -o build/deb/ftvirt.so bin/ftvirt.so
+	for page in build/docs/*.[0-9]; do gzip -9nc "$$page" >"build/deb/$${page##*/}.gz"; done
+	sed '1s/(.*)/($(VERSION))/' contrib/debian/changelog | gzip -9n >build/deb/changelog.gz
+	contrib/debian/third-party.sh build/deb/ftvirt build/deb/ftvirt-hook | gzip -9n >build/deb/third-party.gz
+	$(call package,$(VERSION),build/deb)
+
+# The newer packages differ from the others by their version alone.
+test-deb: deb
+	command -v mmdebstrap >/dev/null || apt-get -q install -y --no-install-recommends mmdebstrap
+	mkdir -p build/deb/newer
+	$(call package,$(VERSION)+1,build/deb/newer)
+	contrib/debian/test.sh build/deb build/deb/newer
+
+$(NFPM):
+	mkdir -p build/tools
+	cd build/tools && GOFLAGS=-mod=mod GOBIN=$(CURDIR)/build/tools $(GO) install github.com/goreleaser/nfpm/v2/cmd/nfpm@$(NFPM_VERSION)
+	mv build/tools/nfpm $@
 
 # Checks alert rules. Taken out of Debian's package, since installing that would
 # start a server.

@@ -57,6 +57,10 @@ func (a *Agent) serveAdmin(ctx context.Context, l net.Listener) error {
 		p, err := a.Check(r.Context(), r.PathValue("domain"), r.URL.Query().Get("peer"))
 		reply(w, p, err)
 	})
+	mux.HandleFunc("GET /v1/doctor", func(w http.ResponseWriter, r *http.Request) {
+		f, err := a.Doctor(r.Context(), r.URL.Query().Get("peer"))
+		reply(w, f, err)
+	})
 	mux.HandleFunc("POST /v1/enable", post(func(ctx context.Context, r EnableRequest) error { return a.Enable(ctx, r.Domain, r.Peer) }))
 	mux.HandleFunc("POST /v1/disable", post(func(ctx context.Context, r EnableRequest) error { return a.Disable(ctx, r.Domain) }))
 	for path, f := range map[string]func(context.Context, string) error{

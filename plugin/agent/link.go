@@ -122,17 +122,17 @@ func (a *Agent) serveProbe(ctx context.Context, in *channel.Incoming) {
 	if err != nil {
 		return
 	}
-	conn, err := channel.NewConn(nc, a.channel, channel.Handlers{
-		methodHost: handler(func(ctx context.Context, _ struct{}) (any, error) {
-			a.peerUp()
-			return a.hostInfo(ctx)
-		}),
+	handlers := a.doctorHandlers(in.Hello.From)
+	handlers[methodHost] = handler(func(ctx context.Context, _ struct{}) (any, error) {
+		a.peerUp()
+		return a.hostInfo(ctx)
 	})
+	conn, err := channel.NewConn(nc, a.channel, handlers)
 	if err != nil {
 		return
 	}
 	defer func() { _ = conn.Close() }()
-	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
 	defer cancel()
 	_, _ = conn.Receive(ctx) // until the peer hangs up
 }

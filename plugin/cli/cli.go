@@ -24,7 +24,7 @@ Exit codes:
    0  done
    1  it failed; standard error says what, why, and what to do
    2  wrong arguments
-   3  'ftvirt check' found problems
+   3  'ftvirt check' or 'ftvirt doctor' found problems
    4  the agent could not be reached`
 
 // App returns the whole command. Run runs it as a program.
@@ -36,7 +36,7 @@ func App() *cli.App {
 		HideVersion: true,
 		Commands: []*cli.Command{
 			enableCommand(), disableCommand(), suspendCommand(), resumeCommand(), failoverCommand(),
-			restartBackupCommand(), migrateBackupCommand(), statusCommand(), listCommand(), checkCommand(), eventsCommand(), diagnoseCommand(),
+			restartBackupCommand(), migrateBackupCommand(), statusCommand(), listCommand(), checkCommand(), doctorCommand(), eventsCommand(), diagnoseCommand(),
 			xmlCommand(), logCommand(), arbiterCommand(), witnessCommand(), configCommand(), agentCommand(), labcli.Command(),
 		},
 		Action: unknownCommand,

@@ -23,6 +23,7 @@ import (
 	"ftvirt.org/ftvirt/plugin"
 	"ftvirt.org/ftvirt/plugin/agent"
 	"ftvirt.org/ftvirt/plugin/agent/client"
+	"ftvirt.org/ftvirt/plugin/doctor"
 )
 
 var update = flag.Bool("update", false, "write the golden files")
@@ -461,5 +462,50 @@ func TestADomainCalledHelp(t *testing.T) {
 	f := serve(t, map[string]any{"GET /v1/status/help": protected()})
 	if r := run(t, "", "status", "help", "--socket", f.socket); r.code != exitOK || len(f.requests()) != 1 {
 		t.Errorf("%+v", r)
+	}
+}
+
+func TestDoctor(t *testing.T) {
+	t.Parallel()
+	well := doctor.Finding{Host: "hosta", Check: "hook", Level: doctor.OK, Text: "it is installed"}
+	warning := doctor.Finding{Host: "hosta", Check: "encryption", Level: doctor.Warning, Text: "plaintext", Remedy: "use TLS"}
+	problem := doctor.Finding{Host: "hosta and hostb", Check: "qemu", Level: doctor.Problem, Text: "QEMU differs", Remedy: "install the same"}
+	f := serve(t, map[string]any{
+		"GET /v1/doctor":            []doctor.Finding{well, warning},
+		"GET /v1/doctor?peer=hostb": []doctor.Finding{well, warning, problem},
+	})
+	if r := run(t, "", "doctor", "--socket", f.socket); r.code != exitOK || !strings.Contains(r.out, "remedy: use TLS") || r.errors != "" {
+		t.Errorf("a warning: %+v", r)
+	}
+	r := run(t, "", "doctor", "--peer", "hostb", "--socket", f.socket)
+	if r.code != exitProblems || r.errors != "" {
+		t.Errorf("a problem: %+v", r)
+	}
+	golden(t, "doctor.table", r.out)
+	r = run(t, "", "doctor", "--peer", "hostb", "-o", "json", "--socket", f.socket)
+	var got []doctor.Finding
+	if err := json.Unmarshal([]byte(r.out), &got); err != nil || r.code != exitProblems || len(got) != 3 || got[2] != problem {
+		t.Errorf("json: %+v, %v", r, err)
+	}
+}
+
+// Without an agent, what can be seen is told, and first that there is none.
+func TestDoctorWithoutAgent(t *testing.T) {
+	t.Parallel()
+	config := filepath.Join(t.TempDir(), "ftvirt.toml")
+	text := "host = \"hosta\"\n[arbiter]\npath = \"/mnt/a\"\n[agent]\nplugin_file = \"/nonexistent/ftvirt.so\"\n"
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := run(t, "", "doctor", "--config", config, "--socket", "/nonexistent/a.sock", "-o", "json")
+	var got []doctor.Finding
+	if err := json.Unmarshal([]byte(r.out), &got); err != nil || r.code != exitProblems {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	if got[0].Check != "agent" || !strings.Contains(got[0].Remedy, "ftvirt-agent") || got[1].Check != "plugin" || got[1].Level != doctor.Problem {
+		t.Errorf("%+v", got)
+	}
+	if r := run(t, "", "doctor", "--config", "/nonexistent/ftvirt.toml"); r.code != exitProblems || !strings.Contains(r.out, "configuration") {
+		t.Errorf("a configuration that is not there: %+v", r)
 	}
 }

@@ -46,7 +46,7 @@ func exitCode(err error) int {
 		return exitOK
 	case errors.As(err, &usage), errors.Is(err, labcli.ErrUsage):
 		return exitUsage
-	case errors.Is(err, errProblems):
+	case errors.Is(err, errProblems), errors.Is(err, errIll):
 		return exitProblems
 	case errors.As(err, &noAnswer):
 		return exitAgent
@@ -56,7 +56,7 @@ func exitCode(err error) int {
 
 // report writes an error as virsh does.
 func report(w io.Writer, err error) {
-	if err == nil || errors.Is(err, errProblems) {
+	if err == nil || errors.Is(err, errProblems) || errors.Is(err, errIll) {
 		return // the problems were the output
 	}
 	// What is joined of several errors has one on each line.

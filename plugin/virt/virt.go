@@ -125,8 +125,9 @@ func (c *Conn) get() (*libvirt.Connect, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Five unanswered probes, one a second, end the connection.
-	if err := conn.SetKeepAlive(1, 5); err != nil {
+	// Five unanswered probes, one a second, end the connection. libvirt's test
+	// driver has nobody to probe.
+	if err := conn.SetKeepAlive(1, 5); err != nil && !errors.Is(err, libvirt.ERR_NO_SUPPORT) {
 		_, _ = conn.Close()
 		return nil, err
 	}
@@ -449,6 +450,14 @@ func (c *Conn) Monitor(ctx context.Context, id plugin.UUID, command string, args
 func (c *Conn) Hypervisor(ctx context.Context) (string, error) {
 	return call(ctx, c, "version of QEMU", func(conn *libvirt.Connect) (string, error) {
 		v, err := conn.GetVersion()
+		return fmt.Sprintf("%d.%d.%d", v/1000000, v/1000%1000, v%1000), err
+	})
+}
+
+// Library gives the version of libvirt that serves, as "11.3.0".
+func (c *Conn) Library(ctx context.Context) (string, error) {
+	return call(ctx, c, "version of libvirt", func(conn *libvirt.Connect) (string, error) {
+		v, err := conn.GetLibVersion()
 		return fmt.Sprintf("%d.%d.%d", v/1000000, v/1000%1000, v%1000), err
 	})
 }

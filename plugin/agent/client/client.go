@@ -20,12 +20,13 @@ import (
 
 	"ftvirt.org/ftvirt/hooks"
 	"ftvirt.org/ftvirt/plugin"
+	"ftvirt.org/ftvirt/plugin/doctor"
 )
 
 const (
 	// requestTimeout is longer than the agent's own limit, so that its reason
 	// is told rather than ours.
-	requestTimeout = 40 * time.Second
+	requestTimeout = 60 * time.Second
 	// maxReply bounds an answer; libvirt's own limit for XML is 16 MiB.
 	maxReply = 64 << 20
 )
@@ -219,6 +220,15 @@ func (c *Client) Check(ctx context.Context, domain, peer string) ([]hooks.Proble
 		path += "?peer=" + url.QueryEscape(peer)
 	}
 	return get[[]hooks.Problem](ctx, c, path)
+}
+
+// Doctor checks the host, and with a peer that host and what is between them.
+func (c *Client) Doctor(ctx context.Context, peer string) ([]doctor.Finding, error) {
+	path := "/v1/doctor"
+	if peer != "" {
+		path += "?peer=" + url.QueryEscape(peer)
+	}
+	return get[[]doctor.Finding](ctx, c, path)
 }
 
 type enableRequest struct {

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"ftvirt.org/ftvirt/arbiter"
+	"ftvirt.org/ftvirt/plugin/channel"
+	"ftvirt.org/ftvirt/plugin/config"
+	"ftvirt.org/ftvirt/plugin/doctor"
+	"ftvirt.org/ftvirt/plugin/virt"
+)
+
+// servingPair is two agents that serve each other, without domains. Their
+// libvirt is its own test driver, which has no QEMU.
+func servingPair(t *testing.T) (a, b *Agent) {
+	t.Helper()
+	shared := t.TempDir()
+	if _, err := arbiter.InitDir(t.Context(), arbiter.DirConfig{Path: shared}); err != nil {
+		t.Fatal(err)
+	}
+	agents := []*Agent{testAgent(t), testAgent(t)}
+	names := []string{"hosta", "hostb"}
+	var listeners []net.Listener
+	for i, a := range agents {
+		dir, err := arbiter.NewDir(arbiter.DirConfig{Path: shared})
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.arbiter, a.cfg.Host = dir, names[i]
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		a.virt, err = virt.Open(ctx, "test:///default", virt.Events{})
+		cancel()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(a.virt.Close)
+		l, err := a.transport.Listen(t.Context(), "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		listeners = append(listeners, l)
+	}
+	for i, a := range agents {
+		other := agents[1-i]
+		a.cfg.Peers = map[string]config.Peer{names[1-i]: {Channel: listeners[1-i].Addr().String(), Heartbeat: other.detect.Addr().String()}}
+		ctx, cancel := context.WithCancel(context.Background())
+		a.ctx = ctx
+		done := make(chan error, 2)
+		go func() { done <- channel.Serve(ctx, listeners[i], a.channel, a.servePeer) }()
+		go func() { done <- a.detect.Run(ctx) }()
+		t.Cleanup(func() {
+			cancel()
+			for range 2 {
+				<-done
+			}
+		})
+	}
+	return agents[0], agents[1]
+}
+
+func levels(t *testing.T, a *Agent, peer string) map[string]doctor.Finding {
+	t.Helper()
+	findings, err := a.Doctor(t.Context(), peer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	byCheck := map[string]doctor.Finding{}
+	for _, f := range findings {
+		if f.Level != doctor.OK && f.Remedy == "" {
+			t.Errorf("without a remedy: %+v", f)
+		}
+		byCheck[f.Host+": "+f.Check] = f
+	}
+	return byCheck
+}
+
+func TestDoctorOfAPair(t *testing.T) {
+	t.Parallel()
+	a, b := servingPair(t)
+	got := levels(t, a, "hostb")
+	for check, want := range map[string]doctor.Level{
+		"hosta: arbiter-storage":          doctor.OK,
+		"hostb: arbiter-storage":          doctor.OK,
+		"hosta: encryption":               doctor.Warning,
+		"hosta: plugin":                   doctor.Problem, // nothing is installed here
+		"hostb: qemu":                     doctor.Problem,
+		"hosta and hostb: channel":        doctor.OK,
+		"hosta and hostb: round-trip":     doctor.OK,
+		"hosta and hostb: clock":          doctor.OK,
+		"hosta and hostb: heartbeat-path": doctor.OK,
+		"hosta and hostb: arbiter":        doctor.OK,
+		"hosta and hostb: libvirt":        doctor.OK,
+		"hosta and hostb: plugin-socket":  doctor.OK,
+		"hosta and hostb: processor":      doctor.OK,
+		"hosta and hostb: heartbeat":      doctor.OK,
+		"hosta and hostb: icount":         doctor.OK,
+		"hosta and hostb: plugin-file":    doctor.OK,
+	} {
+		if got[check].Level != want {
+			t.Errorf("%s: %+v, want %s", check, got[check], want)
+		}
+	}
+	// Another storage, another value, and a firewall before B's heartbeats.
+	other := t.TempDir()
+	if _, err := arbiter.InitDir(t.Context(), arbiter.DirConfig{Path: other}); err != nil {
+		t.Fatal(err)
+	}
+	dir, err := arbiter.NewDir(arbiter.DirConfig{Path: other})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.arbiter = dir
+	b.cfg.Replay.ICountShift++
+	peer := b.cfg.Peers["hosta"]
+	peer.Heartbeat = "127.0.0.1:9"
+	b.cfg.Peers["hosta"] = peer
+	got = levels(t, a, "hostb")
+	for check, says := range map[string]string{
+		"hosta and hostb: arbiter":        "do not share",
+		"hosta and hostb: icount":         "same value",
+		"hosta and hostb: heartbeat-path": "peers.hosta.heartbeat on hostb",
+	} {
+		if f := got[check]; f.Level != doctor.Problem || !strings.Contains(f.Remedy, says) {
+			t.Errorf("%s: %+v", check, f)
+		}
+	}
+}
+
+func TestDoctorWithoutPeer(t *testing.T) {
+	t.Parallel()
+	a, _ := servingPair(t)
+	a.cfg.Peers["hostc"] = config.Peer{Channel: "127.0.0.1:1", Heartbeat: "127.0.0.1:1"}
+	if f := levels(t, a, "hostc")["hosta and hostc: channel"]; f.Level != doctor.Problem || !strings.Contains(f.Text, "127.0.0.1:1") {
+		t.Errorf("a peer that is not there: %+v", f)
+	}
+	if _, err := a.Doctor(t.Context(), "hostx"); err == nil {
+		t.Error("a peer that is not configured is no error")
+	}
+	dir, err := arbiter.NewDir(arbiter.DirConfig{Path: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.arbiter = dir
+	if f := levels(t, a, "")["hosta: arbiter-storage"]; f.Level != doctor.Problem || !strings.Contains(f.Text, "mounted") {
+		t.Errorf("storage that is not mounted: %+v", f)
+	}
+}
