@@ -71,6 +71,7 @@ func (a *Agent) serveAdmin(ctx context.Context, l net.Listener) error {
 	mux.HandleFunc("POST /v1/restart-backup", post(func(ctx context.Context, r EnableRequest) error { return a.RestartBackup(ctx, r.Domain, r.Peer) }))
 	mux.HandleFunc("GET /v1/diagnosis/{domain}", a.serveDiagnosis)
 	mux.HandleFunc("GET /v1/events", a.serveEvents)
+	mux.Handle("GET /metrics", a.metrics())
 	a.adminDefinitions(mux)
 	server := &http.Server{
 		Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10,

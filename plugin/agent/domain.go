@@ -93,7 +93,13 @@ func (d *domain) loop(ctx context.Context) {
 		d.prepareFor(ev)
 		actions := m.Step(ev)
 		d.publish(m.Status())
-		for _, act := range actions {
+		for i, act := range actions {
+			if i+1 < len(actions) && act.Kind == pair.ActionLog && actions[i+1].Kind == pair.ActionEmitEvent {
+				// One line for each change of state, with its parts by name.
+				to := actions[i+1]
+				d.a.log.Info(act.Line, "domain", d.label(), "state", to.State, "reason", to.Reason, "epoch", to.Epoch)
+				continue
+			}
 			d.execute(ctx, act)
 		}
 		d.settle()

@@ -27,14 +27,19 @@ func (a *Agent) listenMetrics(ctx context.Context) (net.Listener, error) {
 	return l, nil
 }
 
-// serveMetrics answers Prometheus until ctx ends.
-func (a *Agent) serveMetrics(ctx context.Context, l net.Listener) error {
+// metrics answers GET /metrics.
+func (a *Agent) metrics() http.Handler {
 	var states []string
 	for _, s := range pair.States() {
 		states = append(states, s.String())
 	}
+	return metrics.New(states, a.measure).Handler()
+}
+
+// serveMetrics answers Prometheus until ctx ends.
+func (a *Agent) serveMetrics(ctx context.Context, l net.Listener) error {
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", metrics.New(states, a.measure).Handler())
+	mux.Handle("GET /metrics", a.metrics())
 	server := &http.Server{
 		Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second,
 		IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10,

@@ -4,7 +4,6 @@ package cli
 
 import (
 	"fmt"
-	"log/slog"
 	"net"
 	"os"
 	"os/signal"
@@ -29,7 +28,7 @@ func agentCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: cfg.Agent.LogLevel}))
+			log := newLogger(os.Stderr, os.Getenv("JOURNAL_STREAM"), journalSocket, cfg.Agent.LogLevel)
 			a, err := agent.New(cfg, log)
 			if err != nil {
 				return err

@@ -356,7 +356,7 @@ func TestErrors(t *testing.T) {
 		{"enable web --peer hostb --timeout -5s", exitUsage, []string{"timeout"}},
 		{"enable web mail --peer hostb", exitUsage, []string{`"mail"`}},
 		{"enable web --per hostb", exitUsage, []string{"-per", "--help"}},
-		{"status web -o xml", exitUsage, []string{`"xml"`, "table, json, yaml"}},
+		{"status web -o xml", exitUsage, []string{`"xml"`, "table, json, yaml, csv"}},
 		{"log stat --qemu ten " + garbage, exitUsage, []string{`"ten"`}},
 		{"log stat --qemu 10.0x " + garbage, exitUsage, []string{`"10.0x"`}},
 		{"arbiter show web", exitUsage, []string{"domuuid"}},

@@ -3,13 +3,17 @@
 package cli
 
 import (
+	"bytes"
+	"encoding/csv"
 	"encoding/json"
 	"fmt"
 	"io"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
+	"text/template"
 
 	"github.com/goccy/go-yaml"
 	"github.com/urfave/cli/v2"
@@ -21,6 +25,7 @@ const (
 	formatText  = "text"
 	formatJSON  = "json"
 	formatYAML  = "yaml"
+	formatCSV   = "csv"
 )
 
 // outputFlag offers the formats, of which the first is the default.
@@ -120,4 +125,86 @@ func byteRate(perSecond float64) string {
 		return fmt.Sprintf("%.1f KiB/s", perSecond/(1<<10))
 	}
 	return fmt.Sprintf("%.0f B/s", perSecond)
+}
+
+// writeCSV writes one line for each value, below one of their keys, which are
+// those of JSON, in the same order. What may be left out there is empty here.
+func writeCSV[T any](w io.Writer, list []T) error {
+	out := csv.NewWriter(w)
+	var keys []string
+	for f := range reflect.TypeFor[T]().Fields() {
+		key, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+		keys = append(keys, key)
+	}
+	rows := [][]string{keys}
+	for _, v := range list {
+		fields, err := asMap(v)
+		if err != nil {
+			return err
+		}
+		row := make([]string, len(keys))
+		for i, k := range keys {
+			if v, ok := fields[k]; ok {
+				row[i] = printable(fmt.Sprint(v)) // a line for each
+			}
+		}
+		rows = append(rows, row)
+	}
+	return out.WriteAll(rows)
+}
+
+// asMap gives a value by the keys that it has as JSON, numbers as they are
+// written there.
+func asMap(v any) (map[string]any, error) {
+	text, err := json.Marshal(v)
+	if err != nil {
+		return nil, err
+	}
+	dec := json.NewDecoder(bytes.NewReader(text))
+	dec.UseNumber()
+	m := map[string]any{}
+	return m, dec.Decode(&m)
+}
+
+func templateFlag() cli.Flag {
+	return &cli.StringFlag{Name: "format", Usage: "print by a `TEMPLATE` instead"}
+}
+
+// outputTemplate is what --format names.
+type outputTemplate struct{ t *template.Template }
+
+func parseTemplate(text string) (outputTemplate, error) {
+	t, err := template.New("--format").Funcs(template.FuncMap{
+		"json": func(v any) (string, error) { b, err := json.Marshal(v); return string(b), err },
+	}).Parse(text)
+	if err != nil {
+		return outputTemplate{}, usagef("%w", err)
+	}
+	return outputTemplate{t}, nil
+}
+
+// write executes it for one value. A key that there is not is a mistake, but one
+// that is left out when it is empty is not.
+func (o outputTemplate) write(w io.Writer, v any) error {
+	fields, err := asMap(v)
+	if err != nil {
+		return err
+	}
+	for f := range reflect.TypeOf(v).Fields() {
+		key, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+		if _, ok := fields[key]; !ok {
+			fields[key] = ""
+		}
+	}
+	for k, v := range fields {
+		if text, ok := v.(string); ok {
+			fields[k] = printable(text)
+		}
+	}
+	var b bytes.Buffer
+	if err := o.t.Option("missingkey=error").Execute(&b, fields); err != nil {
+		return usagef("%w", err)
+	}
+	_, err = io.WriteString(w, b.String()+"\n")
+	return err
 }

@@ -5,7 +5,9 @@ package cli
 import (
 	"fmt"
 	"io"
+	"os/signal"
 	"strconv"
+	"syscall"
 
 	"github.com/urfave/cli/v2"
 
@@ -54,23 +56,43 @@ func statusCommand() *cli.Command {
 		Name:      "status",
 		Usage:     "tell how this host's pairs are",
 		ArgsUsage: "[DOMAIN]",
-		Flags:     []cli.Flag{outputFlag(formatTable, formatJSON, formatYAML), configFlag(), socketFlag()},
+		Description: "A template of --format is one of Go's text/template; it is executed for each domain, with\n" +
+			"the keys of -o json, as in --format '{{.domain}} {{.state}}'. With --watch the view is\n" +
+			"drawn anew twice a second, with the last half minute of each figure, until Ctrl-C.",
+		Flags: []cli.Flag{
+			outputFlag(statusFormats...), templateFlag(),
+			&cli.BoolFlag{Name: "watch", Aliases: []string{"w"}, Usage: "a live view"}, configFlag(), socketFlag(),
+		},
 		Action: func(c *cli.Context) error {
 			if err := arguments(c, 0, 1); err != nil {
 				return err
 			}
-			format, err := outputFormat(c, formatTable, formatJSON, formatYAML)
+			format, err := outputFormat(c, statusFormats...)
 			if err != nil {
 				return err
+			}
+			if c.Bool("watch") && (c.IsSet("output") || c.IsSet("format")) {
+				return usagef("--watch has a view of its own: leave --output and --format out")
 			}
 			agt, err := connect(c)
 			if err != nil {
 				return err
 			}
+			if c.Bool("watch") {
+				ctx, stop := signal.NotifyContext(c.Context, syscall.SIGINT, syscall.SIGTERM)
+				defer stop()
+				return newWatch(c.Args().First()).run(ctx, c.App.Writer, agt)
+			}
+			if text := c.String("format"); text != "" {
+				return statusTemplate(c, agt, text)
+			}
 			if c.NArg() == 0 {
 				list, err := agt.Status(c.Context)
 				if err != nil {
 					return err
+				}
+				if format == formatCSV {
+					return writeCSV(c.App.Writer, list)
 				}
 				return write(c.App.Writer, format, list, func(w io.Writer) error { return statusTable(w, list) })
 			}
@@ -78,9 +100,37 @@ func statusCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
+			if format == formatCSV {
+				return writeCSV(c.App.Writer, []client.Status{s})
+			}
 			return write(c.App.Writer, format, s, func(w io.Writer) error { return statusOf(w, s) })
 		},
 	}
+}
+
+var statusFormats = []string{formatTable, formatJSON, formatYAML, formatCSV}
+
+func statusTemplate(c *cli.Context, agt *client.Client, text string) error {
+	t, err := parseTemplate(text)
+	if err != nil {
+		return err
+	}
+	var list []client.Status
+	if c.NArg() == 0 {
+		list, err = agt.Status(c.Context)
+	} else {
+		list = make([]client.Status, 1)
+		list[0], err = agt.StatusOf(c.Context, c.Args().First())
+	}
+	if err != nil {
+		return err
+	}
+	for _, s := range list {
+		if err := t.write(c.App.Writer, s); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func statusTable(w io.Writer, list []client.Status) error {

@@ -178,7 +178,7 @@ func Storage(host, where string, took time.Duration, err error, timeout time.Dur
 	l := &list{host: host}
 	switch {
 	case err != nil:
-		l.add("arbiter-storage", Problem, fmt.Sprintf("%s: %v", where, err), "see [arbiter] in ftvirt.toml: while it does not answer, no domain fails over or is protected")
+		l.add("arbiter-storage", Problem, fmt.Sprintf("%s: %v", where, err), "see [arbiter] in ftvirt.toml; storage that is new is made the arbiter's once, by 'ftvirt arbiter init'")
 	case took > timeout/2:
 		l.add("arbiter-storage", Warning, fmt.Sprintf("%s answers in %s; a failover waits for it", where, rounded(took)), "use faster storage for the arbiter")
 	default:
