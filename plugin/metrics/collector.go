@@ -125,7 +125,12 @@ var table = []Metric{
 		}},
 	{Name: "ftvirt_domain_instructions_total", Kind: Counter,
 		Help:   "Instructions that the guest executed, as this host's copy counts them.",
-		domain: ofDomain(func(d Domain) float64 { return float64(d.Instructions) })},
+		domain: func(_ *Collector, d Domain) []sample {
+			if d.Instructions == 0 {
+				return nil // there is no QEMU
+			}
+			return one(float64(d.Instructions))
+		}},
 
 	{Name: "ftvirt_domain_log_bytes_total", Kind: Counter,
 		Help:   "Bytes of the epoch's log: logged on the primary, replayed on the backup. Each epoch begins at 0.",
