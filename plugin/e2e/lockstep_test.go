@@ -38,6 +38,7 @@ func TestLockstep(t *testing.T) {
 		return err
 	}))
 	must(t, traffic.Stop())
+	observed(t, b, vm, hosta, hostb)
 	primary, err := vm.Quiesce(t.Context())
 	must(t, err)
 	if primary.Lines < minLines || primary.LoadOps < minLines {

@@ -124,7 +124,7 @@ var table = []Metric{
 			return one(d.Silence.Seconds())
 		}},
 	{Name: "ftvirt_domain_instructions_total", Kind: Counter,
-		Help:   "Instructions that the guest executed, as this host's copy counts them.",
+		Help: "Instructions that the guest executed, as this host's copy counts them.",
 		domain: func(_ *Collector, d Domain) []sample {
 			if d.Instructions == 0 {
 				return nil // there is no QEMU

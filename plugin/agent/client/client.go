@@ -283,9 +283,14 @@ func (c *Client) Resume(ctx context.Context, domain string) error {
 // Diagnose writes an archive of all that the host knows of a domain, a tar file
 // compressed by gzip.
 func (c *Client) Diagnose(ctx context.Context, domain string, w io.Writer) error {
+	return c.copy(ctx, "/v1/diagnosis/"+url.PathEscape(domain), w)
+}
+
+// copy writes an answer as it comes.
+func (c *Client) copy(ctx context.Context, path string, w io.Writer) error {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	body, err := c.do(ctx, http.MethodGet, "/v1/diagnosis/"+url.PathEscape(domain), nil)
+	body, err := c.do(ctx, http.MethodGet, path, nil)
 	if err != nil {
 		return err
 	}
@@ -294,6 +299,11 @@ func (c *Client) Diagnose(ctx context.Context, domain string, w io.Writer) error
 		return c.noAnswer(ctx, err)
 	}
 	return nil
+}
+
+// Metrics writes the host's metrics, in the text format of Prometheus.
+func (c *Client) Metrics(ctx context.Context, w io.Writer) error {
+	return c.copy(ctx, "/metrics", w)
 }
 
 // Events calls f with the events that the agent keeps, oldest first, and with
