@@ -41,6 +41,8 @@ type Agent struct {
 	detect    *detect.Service
 	events    *journal
 
+	examining sync.Mutex // held while the doctor looks at this host
+
 	mu      sync.Mutex
 	domains map[plugin.UUID]*domain
 	ctx     context.Context // of Run; domains live in it

@@ -78,8 +78,11 @@ func (a *Agent) Doctor(ctx context.Context, peer string) ([]doctor.Finding, erro
 	return slices.Concat(findings, link.Judge(), doctor.Compare(ours.Facts, theirs.Facts)), nil
 }
 
-// examine is what this host tells of itself.
+// examine is what this host tells of itself. It starts a QEMU, so that one at a
+// time is done, whoever asks.
 func (a *Agent) examine(ctx context.Context) doctor.Report {
+	a.examining.Lock()
+	defer a.examining.Unlock()
 	r := doctor.ThisMachine().Look(ctx, a.cfg)
 	add := func(f doctor.Finding) {
 		f.Host = a.cfg.Host
