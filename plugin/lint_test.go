@@ -60,6 +60,7 @@ var rules = []rule{
 	{packages: []string{"arbiter/backend"}, ours: []string{"arbiter", "plugin/config"}},
 	{packages: []string{"arbiter/arbitertest"}, ours: []string{"arbiter", "plugin"}},
 	{packages: []string{"plugin/clidoc", "plugin/config", "plugin/lab/guest"}, ours: []string{}},
+	{packages: []string{"plugin/web"}, ours: []string{}},
 	{packages: []string{"plugin/doctor"}, ours: []string{"plugin/config"}},
 	{packages: []string{"plugin/channel"}, ours: []string{"plugin", "plugin/rrlog"}},
 	{packages: []string{"migrate"}, ours: []string{"hooks", "plugin", "plugin/channel"}},

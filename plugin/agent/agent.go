@@ -28,6 +28,7 @@ import (
 	"ftvirt.org/ftvirt/plugin/detect"
 	"ftvirt.org/ftvirt/plugin/pair"
 	"ftvirt.org/ftvirt/plugin/virt"
+	"ftvirt.org/ftvirt/plugin/web"
 )
 
 // Agent serves one host.
@@ -40,6 +41,7 @@ type Agent struct {
 	channel   channel.Config
 	detect    *detect.Service
 	events    *journal
+	past      timelines // of what the page shows
 
 	examining sync.Mutex // held while the doctor looks at this host
 
@@ -104,11 +106,18 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 		_ = peers.Close()
 		return err
 	}
-	scrapes, err := a.listenMetrics(ctx)
+	scrapes, err := listenHTTP(ctx, "metrics.listen", a.cfg.Metrics.Listen)
+	var visitors net.Listener
+	if err == nil {
+		visitors, err = listenHTTP(ctx, "web.listen", a.cfg.Web.Listen)
+	}
 	if err != nil {
 		_ = plugins.Close()
 		_ = peers.Close()
 		_ = admin.Close()
+		if scrapes != nil {
+			_ = scrapes.Close()
+		}
 		return err
 	}
 	// What serves outlives the wish to stop, so that peers can be told of it.
@@ -132,8 +141,10 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	group.Go(func() error { return a.detect.Run(ctx) })
 	group.Go(func() error { return channel.Serve(ctx, peers, a.channel, a.servePeer) })
 	group.Go(func() error { return a.serveAdmin(ctx, admin) })
-	if scrapes != nil {
-		group.Go(func() error { return a.serveMetrics(ctx, scrapes) })
+	group.Go(func() error { return serveHTTP(ctx, scrapes, a.metrics()) })
+	if visitors != nil {
+		group.Go(func() error { return a.keepTimelines(ctx) })
+		group.Go(func() error { return serveHTTP(ctx, visitors, web.Handler(a.page)) })
 	}
 	group.Go(func() error {
 		return plugins.Serve(func(s *control.Session) { a.servePlugin(ctx, s) },

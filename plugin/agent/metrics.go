@@ -15,16 +15,33 @@ import (
 	"ftvirt.org/ftvirt/plugin/pair"
 )
 
-// listenMetrics opens the address of [metrics], nil if there is none.
-func (a *Agent) listenMetrics(ctx context.Context) (net.Listener, error) {
-	if a.cfg.Metrics.Listen == "" {
+// listenHTTP opens an address that the configuration names, nil if it names none.
+func listenHTTP(ctx context.Context, key, address string) (net.Listener, error) {
+	if address == "" {
 		return nil, nil
 	}
-	l, err := new(net.ListenConfig).Listen(ctx, "tcp", a.cfg.Metrics.Listen)
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", address)
 	if err != nil {
-		return nil, fmt.Errorf("metrics.listen: %w", err)
+		return nil, fmt.Errorf("%s: %w", key, err)
 	}
 	return l, nil
+}
+
+// serveHTTP answers until ctx ends. It does nothing without a listener.
+func serveHTTP(ctx context.Context, l net.Listener, handler http.Handler) error {
+	if l == nil {
+		return nil
+	}
+	server := &http.Server{
+		Handler: handler, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second,
+		IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10,
+	}
+	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
+	defer stop()
+	if err := server.Serve(l); err != nil && !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("%s: %w", l.Addr(), err)
+	}
+	return nil
 }
 
 // metrics answers GET /metrics.
@@ -34,22 +51,6 @@ func (a *Agent) metrics() http.Handler {
 		states = append(states, s.String())
 	}
 	return metrics.New(states, a.measure).Handler()
-}
-
-// serveMetrics answers Prometheus until ctx ends.
-func (a *Agent) serveMetrics(ctx context.Context, l net.Listener) error {
-	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", a.metrics())
-	server := &http.Server{
-		Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second,
-		IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10,
-	}
-	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
-	defer stop()
-	if err := server.Serve(l); err != nil && !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("metrics: %w", err)
-	}
-	return nil
 }
 
 // measure is what the metrics are made of.

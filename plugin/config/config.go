@@ -50,6 +50,7 @@ type Config struct {
 	Protect   Protect         `toml:"protect"`
 	Replay    Replay          `toml:"replay"`
 	Metrics   Metrics         `toml:"metrics"`
+	Web       Web             `toml:"web"`
 	Peers     map[string]Peer `toml:"peers"`
 }
 
@@ -160,6 +161,12 @@ type Replay struct {
 // Metrics configures what the agent shows to Prometheus.
 type Metrics struct {
 	// Listen is where /metrics is served; empty serves it nowhere.
+	Listen string `toml:"listen"`
+}
+
+// Web configures the page on which the agent shows its pairs to people.
+type Web struct {
+	// Listen is where the page is served; empty serves it nowhere.
 	Listen string `toml:"listen"`
 }
 

@@ -226,6 +226,7 @@ func TestValidate(t *testing.T) {
 		"replay.divergence_timeout": func(c *Config) { c.Replay.DivergenceTimeout = 150 * time.Millisecond },
 		"replay.log_dir":            func(c *Config) { c.Replay.LogDir = "logs" },
 		"metrics.listen":            func(c *Config) { c.Metrics.Listen = "7702" },
+		"web.listen":                func(c *Config) { c.Web.Listen = "7703" },
 		"peers.b.channel":           func(c *Config) { c.Peers["b"] = Peer{Channel: ":1", Heartbeat: "b:2"} },
 		"peers.b.heartbeat":         func(c *Config) { c.Peers["b"] = Peer{Channel: "b:1", Heartbeat: "b:70000"} },
 		`peers."a b"`:               func(c *Config) { c.Peers["a b"] = Peer{Channel: "b:1", Heartbeat: "b:2"} },

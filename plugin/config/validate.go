@@ -118,6 +118,10 @@ func (c Config) Validate() error {
 	if c.Metrics.Listen != "" {
 		v.listen("metrics.listen", c.Metrics.Listen)
 	}
+	if c.Web.Listen != "" {
+		v.listen("web.listen", c.Web.Listen)
+		v.check(c.Web.Listen != c.Metrics.Listen, "web.listen", "it is the same as metrics.listen", "give each an address of its own")
+	}
 
 	for _, name := range slices.Sorted(maps.Keys(c.Peers)) {
 		key := "peers." + tomlKey(name)
