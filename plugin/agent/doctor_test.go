@@ -4,6 +4,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"net"
 	"strings"
 	"testing"
@@ -57,7 +58,9 @@ func servingPair(t *testing.T) (a, b *Agent) {
 		t.Cleanup(func() {
 			cancel()
 			for range 2 {
-				<-done
+				if err := <-done; err != nil && !errors.Is(err, context.Canceled) {
+					t.Error(err)
+				}
 			}
 		})
 	}

@@ -22,12 +22,11 @@ import (
 )
 
 // output runs a program that make deps installs.
-func output(t *testing.T, stdin, name string, args ...string) string {
+func output(t *testing.T, name string, args ...string) string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.Stdin = strings.NewReader(stdin)
 	cmd.Env = append(os.Environ(), "LC_ALL=C.UTF-8", "HOME="+t.TempDir(), "MANWIDTH=78")
 	out, err := cmd.CombinedOutput()
 	if err != nil {
@@ -62,7 +61,7 @@ func pages(t *testing.T) map[string]string {
 // shown is a page as people read it, without the breaks of lines.
 func shown(t *testing.T, path string) string {
 	t.Helper()
-	text := regexp.MustCompile(`.\x08|\x1b\[[0-9;]*m`).ReplaceAllString(output(t, "", "man", "-P", "cat", "-l", path), "")
+	text := regexp.MustCompile(`.\x08|\x1b\[[0-9;]*m`).ReplaceAllString(output(t, "man", "-P", "cat", "-l", path), "")
 	return strings.Join(strings.Fields(text), " ")
 }
 
@@ -85,7 +84,7 @@ func TestPagesAreClean(t *testing.T) {
 		if len(bad) > 0 {
 			t.Errorf("%s: mandoc says:\n%s", name, strings.Join(bad, "\n"))
 		}
-		if out := output(t, "", "sh", "-c", `man --warnings -E UTF-8 -l "$1" 2>&1 >/dev/null`, "sh", path); out != "" {
+		if out := output(t, "sh", "-c", `man --warnings -E UTF-8 -l "$1" 2>&1 >/dev/null`, "sh", path); out != "" {
 			t.Errorf("%s: man says:\n%s", name, out)
 		}
 	}
@@ -185,12 +184,12 @@ var completions = map[string]func(*testing.T, ...string) []string{
 	"bash": func(t *testing.T, words ...string) []string {
 		script := "source " + file(t, "ftvirt.bash", clidoc.Bash(cli.App())) + "\nvirsh() { :; }\n" +
 			"COMP_WORDS=(\"$@\") COMP_CWORD=$(($# - 1))\n_ftvirt\nprintf '%s\\n' \"${COMPREPLY[@]}\""
-		return strings.Fields(output(t, "", "bash", append([]string{"-c", script, "bash", "ftvirt"}, words...)...))
+		return strings.Fields(output(t, "bash", append([]string{"-c", script, "bash", "ftvirt"}, words...)...))
 	},
 	"fish": func(t *testing.T, words ...string) []string {
 		script := "source " + file(t, "ftvirt.fish", clidoc.Fish(cli.App())) + "; complete -C '" + strings.Join(append([]string{"ftvirt"}, words...), " ") + "'"
 		var list []string
-		for _, l := range strings.Split(output(t, "", "fish", "--no-config", "-c", script), "\n") {
+		for _, l := range strings.Split(output(t, "fish", "--no-config", "-c", script), "\n") {
 			word, _, _ := strings.Cut(l, "\t")
 			list = append(list, word)
 		}
@@ -202,7 +201,7 @@ var completions = map[string]func(*testing.T, ...string) []string{
 			"_describe() { print -rl -- ${${(P)4}%%:*}; }\n" +
 			"_arguments() { local s; for s; do s=${s#\\(*\\)}; print -rl -- ${${s%%\\[*}%=}; print -rl -- ${=${s##*:}//[()]/}; done }\n" +
 			"source " + file(t, "ftvirt.zsh", clidoc.Zsh(cli.App())) + "\nwords=(\"$@\") CURRENT=$#\n_ftvirt"
-		return strings.Fields(output(t, "", "zsh", append([]string{"-f", "-c", script, "zsh", "ftvirt"}, words...)...))
+		return strings.Fields(output(t, "zsh", append([]string{"-f", "-c", script, "zsh", "ftvirt"}, words...)...))
 	},
 }
 

@@ -24,13 +24,13 @@ var update = flag.Bool("update", false, "rewrite the table in the documentation"
 var states = []string{"unprotected", "cloning", "protected", "going-live", "live", "failed"}
 
 // full has every part that a domain can have.
-func full(name string) Domain {
+func full() Domain {
 	silence := 40 * time.Millisecond
 	ack := NewHistogram([]time.Duration{time.Millisecond, time.Second})
 	ack.Observe(time.Millisecond)
 	ack.Observe(2 * time.Second)
 	return Domain{
-		Name: name, UUID: plugin.UUID{1}, Role: plugin.RolePrimary, State: "protected", Peer: "hostb", Epoch: 3, Connected: true, Failing: true,
+		Name: "web", UUID: plugin.UUID{1}, Role: plugin.RolePrimary, State: "protected", Peer: "hostb", Epoch: 3, Connected: true, Failing: true,
 		Silence: &silence, Instructions: 1000, Ack: ack, ClonePause: 80 * time.Millisecond,
 		Log: &Log{Position: 500, Acked: 400, Lag: 12 * time.Millisecond, Slowed: 0.25, Held: time.Second},
 		Output: &Output{
@@ -51,7 +51,7 @@ func collector(domains ...Domain) *Collector {
 // TestLint holds names, units and help against Prometheus' own rules.
 func TestLint(t *testing.T) {
 	t.Parallel()
-	problems, err := testutil.GatherAndLint(collector(full("web")).Registry())
+	problems, err := testutil.GatherAndLint(collector(full()).Registry())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -63,7 +63,7 @@ func TestLint(t *testing.T) {
 // A metric that is in the table and never comes is a promise that is not kept.
 func TestEachMetricComes(t *testing.T) {
 	t.Parallel()
-	families, err := collector(full("web")).Registry().Gather()
+	families, err := collector(full()).Registry().Gather()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -113,7 +113,7 @@ ftvirt_domain_role{domain="web",role="primary"} 1
 ftvirt_domain_clones_total{domain="web",result="done"} 4
 ftvirt_domain_clones_total{domain="web",result="failed"} 5
 `
-	err := testutil.CollectAndCompare(collector(full("web")), strings.NewReader(want), "ftvirt_domain_lag_seconds", "ftvirt_domain_role",
+	err := testutil.CollectAndCompare(collector(full()), strings.NewReader(want), "ftvirt_domain_lag_seconds", "ftvirt_domain_role",
 		"ftvirt_domain_ack_latency_seconds", "ftvirt_domain_output_delay_seconds", "ftvirt_domain_clones_total")
 	if err != nil {
 		t.Error(err)
@@ -125,7 +125,7 @@ ftvirt_domain_clones_total{domain="web",result="failed"} 5
 func TestOddDomains(t *testing.T) {
 	t.Parallel()
 	bare := Domain{Name: "bare", Role: plugin.RoleBackup, State: "cloning"}
-	c := collector(bare, full("web"), full("web"), Domain{Name: "\xff", Peer: "\xff"}, Domain{Name: "a\"b\nc"}, Domain{})
+	c := collector(bare, full(), full(), Domain{Name: "\xff", Peer: "\xff"}, Domain{Name: "a\"b\nc"}, Domain{})
 	families, err := c.Registry().Gather()
 	if err != nil {
 		t.Fatal(err)
@@ -143,7 +143,7 @@ func TestOddDomains(t *testing.T) {
 
 func TestHandler(t *testing.T) {
 	t.Parallel()
-	s := httptest.NewServer(collector(full("web")).Handler())
+	s := httptest.NewServer(collector(full()).Handler())
 	defer s.Close()
 	r, err := http.Get(s.URL)
 	if err != nil {
