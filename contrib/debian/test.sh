@@ -57,7 +57,7 @@ in_root '
 	qemu-system-x86_64 -plugin /usr/lib/ftvirt/ftvirt.so,help=on -version | head -1
 	for page in "8 ftvirt" "5 ftvirt.toml" "7 ftvirt-domain"; do man $page | grep -q ftvirt; done
 	bash -c ". /usr/share/bash-completion/completions/ftvirt; complete -p ftvirt" | grep -q _ftvirt
-	systemd-analyze verify /lib/systemd/system/ftvirt-agent.service
+	systemd-analyze verify /lib/systemd/system/ftvirt-agent.service /lib/systemd/system/ftvirt-witness.service
 	test "$(systemctl is-enabled ftvirt-agent)" = disabled
 	dpkg --verify ftvirt ftvirt-agent ftvirt-qemu-plugin
 '
