@@ -60,12 +60,8 @@ func New(cfg config.Config, log *slog.Logger) (*Agent, error) {
 	if a.arbiter, err = backend.New(cfg.Arbiter, 0); err != nil {
 		return nil, fmt.Errorf("arbiter: %w", err)
 	}
-	if !cfg.Channel.Plaintext {
-		return nil, errors.New("the logging channel has no TLS yet: set plaintext = true in [channel], " +
-			"on a network that only these hosts share")
-	}
-	a.transport = channel.Plain()
-	return a, nil
+	a.transport, err = newTransport(cfg, log)
+	return a, err
 }
 
 // Run serves until ctx ends. Domains are left as they are: a protected one
@@ -121,7 +117,7 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	// somebody waits.
 	a.wg.Go(func() { _, _ = a.virt.Hypervisor(ctx) })
 	group.Go(func() error { return a.detect.Run(ctx) })
-	group.Go(func() error { return channel.Serve(ctx, peers, a.channel, a.servePeer) })
+	group.Go(func() error { return channel.Serve(ctx, a.transport, peers, a.channel, a.servePeer) })
 	group.Go(func() error { return a.serveAdmin(ctx, admin) })
 	group.Go(func() error {
 		return plugins.Serve(func(s *control.Session) { a.servePlugin(ctx, s) },

@@ -25,6 +25,9 @@ type Status struct {
 	Peer   string       `json:"peer,omitempty" yaml:"peer,omitempty"`
 	// Mode is what the plugin in QEMU does; "none" without one.
 	Mode string `json:"mode" yaml:"mode"`
+	// Channel is how the logging channel of this host is secured: "tls", or
+	// "plaintext".
+	Channel string `json:"channel" yaml:"channel"`
 
 	// Position is how far this host's copy is in the log of the epoch, in
 	// bytes: logged on the primary, replayed on the backup.
@@ -67,7 +70,7 @@ func (d *domain) report() Status {
 	d.mu.Lock()
 	st := Status{
 		Domain: d.name, UUID: d.id, Host: d.a.cfg.Host, Role: s.Role, State: s.State, Reason: s.Reason, Epoch: s.Epoch,
-		Peer: s.Peer, Mode: "none", Failure: d.failure, ClonePause: millis(d.progress.Pause),
+		Peer: s.Peer, Mode: "none", Channel: d.a.channelSecurity(), Failure: d.failure, ClonePause: millis(d.progress.Pause),
 	}
 	switch {
 	case d.clones > 0 && s.State == pair.Unprotected:
@@ -136,5 +139,6 @@ func (a *Agent) StatusOf(ctx context.Context, name string) (Status, error) {
 	}
 	return Status{
 		Domain: info.Name, UUID: info.UUID, Host: a.cfg.Host, Role: plugin.RoleNone, Reason: pair.NotEnabled, Mode: "none",
+		Channel: a.channelSecurity(),
 	}, nil
 }

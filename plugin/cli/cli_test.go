@@ -143,7 +143,7 @@ var webID = plugin.UUID{0x6d, 0x1f, 0x0a, 0x0e, 0x2a, 0x6c, 0x4b, 0x0e, 0x8f, 0x
 func protected() client.Status {
 	return client.Status{
 		Domain: "web", UUID: webID, Host: "hosta", Role: plugin.RolePrimary, State: "protected", Reason: "none", Epoch: 3, Peer: "hostb",
-		Mode: "record", Position: 1048576, Acked: 1048000, Lag: 12.4, LogRate: 8300, OutputDelay: 4.25, OutputDelayMax: 17.9,
+		Mode: "record", Channel: "tls", Position: 1048576, Acked: 1048000, Lag: 12.4, LogRate: 8300, OutputDelay: 4.25, OutputDelayMax: 17.9,
 		OutputQueue: 2, Instructions: 98765432101, ClonePause: 87.125,
 	}
 }
@@ -151,14 +151,14 @@ func protected() client.Status {
 func live() client.Status {
 	return client.Status{
 		Domain: "database", Host: "hosta", Role: plugin.RolePrimary, State: "live", Reason: "backup-lost", Epoch: 12, Peer: "hostc",
-		Mode: "idle", Failure: "migrate: connection\nlost",
+		Mode: "idle", Channel: "tls", Failure: "migrate: connection\nlost",
 	}
 }
 
 func cloning() client.Status {
 	return client.Status{
 		Domain: "mail", Host: "hosta", Role: plugin.RoleBackup, State: "cloning", Reason: "initialising", Epoch: 1, Peer: "hostb",
-		Mode: "replay", ClonePhase: "memory", CloneTransferred: 300, CloneRemaining: 100, LogRate: 3 << 20,
+		Mode: "replay", Channel: "tls", ClonePhase: "memory", CloneTransferred: 300, CloneRemaining: 100, LogRate: 3 << 20,
 	}
 }
 
@@ -194,6 +194,19 @@ func TestStatus(t *testing.T) {
 	}
 	if r := run(t, "", "status", "--socket", f.socket, "a /b"); r.code != exitOK || !strings.Contains(r.out, "database") {
 		t.Errorf("a name to be escaped: %+v", r)
+	}
+}
+
+func TestStatusWarnsOfPlaintext(t *testing.T) {
+	t.Parallel()
+	s := protected()
+	s.Channel = "plaintext"
+	f := serve(t, map[string]any{"GET /v1/status": []client.Status{live(), s}, "GET /v1/status/web": s})
+	for _, args := range [][]string{{"status"}, {"status", "web"}, {"status", "-o", "json"}} {
+		r := run(t, "", append(args, "--socket", f.socket)...)
+		if r.code != exitOK || !strings.HasPrefix(r.errors, "warning: ") || strings.Contains(r.out, "warning") {
+			t.Errorf("%s: %+v", args, r)
+		}
 	}
 }
 

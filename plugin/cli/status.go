@@ -5,6 +5,7 @@ package cli
 import (
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 
 	"github.com/urfave/cli/v2"
@@ -72,14 +73,24 @@ func statusCommand() *cli.Command {
 				if err != nil {
 					return err
 				}
+				warnPlaintext(c, list...)
 				return write(c.App.Writer, format, list, func(w io.Writer) error { return statusTable(w, list) })
 			}
 			s, err := agt.StatusOf(c.Context, c.Args().First())
 			if err != nil {
 				return err
 			}
+			warnPlaintext(c, s)
 			return write(c.App.Writer, format, s, func(w io.Writer) error { return statusOf(w, s) })
 		},
+	}
+}
+
+// warnPlaintext says on standard error what must not be overlooked.
+func warnPlaintext(c *cli.Context, list ...client.Status) {
+	if slices.ContainsFunc(list, func(s client.Status) bool { return s.Channel == "plaintext" }) {
+		_, _ = fmt.Fprintln(c.App.ErrWriter, "warning: the logging channel is in plaintext (plaintext = true in [channel]): "+
+			"who reads its network sees the memory of guests, who writes to it controls them")
 	}
 }
 
@@ -118,6 +129,7 @@ func statusOf(w io.Writer, s client.Status) error {
 	}
 	f.add("Epoch", strconv.FormatUint(uint64(s.Epoch), 10))
 	f.add("Plugin mode", s.Mode)
+	f.add("Channel", dash(s.Channel))
 	if s.Role == plugin.RoleNone {
 		return f.flush()
 	}

@@ -44,15 +44,16 @@ var (
 // agent's Status for what each field means. States and reasons are plain text
 // here, so that a newer agent's can be shown as well.
 type Status struct {
-	Domain string       `json:"domain" yaml:"domain"`
-	UUID   plugin.UUID  `json:"uuid" yaml:"uuid"`
-	Host   string       `json:"host" yaml:"host"`
-	Role   plugin.Role  `json:"role" yaml:"role"`
-	State  string       `json:"state" yaml:"state"`
-	Reason string       `json:"reason" yaml:"reason"`
-	Epoch  plugin.Epoch `json:"epoch" yaml:"epoch"`
-	Peer   string       `json:"peer,omitempty" yaml:"peer,omitempty"`
-	Mode   string       `json:"mode" yaml:"mode"`
+	Domain  string       `json:"domain" yaml:"domain"`
+	UUID    plugin.UUID  `json:"uuid" yaml:"uuid"`
+	Host    string       `json:"host" yaml:"host"`
+	Role    plugin.Role  `json:"role" yaml:"role"`
+	State   string       `json:"state" yaml:"state"`
+	Reason  string       `json:"reason" yaml:"reason"`
+	Epoch   plugin.Epoch `json:"epoch" yaml:"epoch"`
+	Peer    string       `json:"peer,omitempty" yaml:"peer,omitempty"`
+	Mode    string       `json:"mode" yaml:"mode"`
+	Channel string       `json:"channel" yaml:"channel"`
 
 	Position       plugin.Position `json:"position" yaml:"position"`
 	Acked          plugin.Position `json:"acked" yaml:"acked"`
