@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"sync"
@@ -87,6 +88,9 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	if err != nil {
 		return err
 	}
+	if plugins.Owner = owners(a.cfg.LibvirtURI); plugins.Owner == nil {
+		a.log.Warn("any local user can pretend to be a domain: its process is checked for qemu:///system only", "libvirt_uri", a.cfg.LibvirtURI)
+	}
 	peers, err := a.transport.Listen(ctx, a.cfg.Channel.Listen)
 	if err != nil {
 		_ = plugins.Close()
@@ -120,8 +124,9 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	group.Go(func() error { return channel.Serve(ctx, a.transport, peers, a.channel, a.servePeer) })
 	group.Go(func() error { return a.serveAdmin(ctx, admin) })
 	group.Go(func() error {
+		var refused channel.Complaints
 		return plugins.Serve(func(s *control.Session) { a.servePlugin(ctx, s) },
-			func(err error) { a.log.Warn("a plugin was refused", "error", err) })
+			func(err error) { refused.Warn(a.log, netip.Addr{}, "a plugin was refused", "error", err) })
 	})
 	group.Go(func() error {
 		<-ctx.Done()

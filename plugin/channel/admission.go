@@ -3,12 +3,9 @@
 package channel
 
 import (
-	"context"
-	"log/slog"
 	"net"
 	"net/netip"
 	"sync"
-	"time"
 )
 
 // admission holds the connections that have not said who they are. There is room
@@ -77,71 +74,4 @@ func origin(conn net.Conn) netip.Addr {
 		return a.AddrPort().Addr().Unmap()
 	}
 	return netip.Addr{}
-}
-
-// complaints are what the log is told of connections that were refused: each
-// address's first at once, and then one a minute, with the number of those that
-// were passed over.
-type complaints struct {
-	log *slog.Logger
-
-	mu   sync.Mutex
-	told map[netip.Addr]*complaint
-}
-
-type complaint struct {
-	at      time.Time
-	skipped int
-}
-
-const (
-	// complainEach is the least time between two lines about one address.
-	complainEach = time.Minute
-	// complainOf bounds the addresses that are told apart. All others count as
-	// one.
-	complainOf = 256
-)
-
-func (c *complaints) warn(ctx context.Context, text string, conn net.Conn, args ...any) {
-	from := origin(conn)
-	skipped, due := c.due(from, time.Now())
-	if !due {
-		return
-	}
-	args = append([]any{"peer", conn.RemoteAddr()}, args...)
-	if skipped > 0 {
-		args = append(args, "more_like_it", skipped)
-	}
-	c.log.WarnContext(ctx, text, args...)
-}
-
-func (c *complaints) due(from netip.Addr, now time.Time) (skipped int, due bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.told == nil {
-		c.told = map[netip.Addr]*complaint{}
-	}
-	known := c.told[from]
-	if known == nil && len(c.told) >= complainOf {
-		for addr, old := range c.told {
-			if now.Sub(old.at) >= complainEach {
-				delete(c.told, addr)
-			}
-		}
-		if len(c.told) >= complainOf {
-			from = netip.Addr{}
-			known = c.told[from]
-		}
-	}
-	if known == nil {
-		c.told[from] = &complaint{at: now}
-		return 0, true
-	}
-	if now.Sub(known.at) < complainEach {
-		known.skipped++
-		return 0, false
-	}
-	skipped = known.skipped
-	*known = complaint{at: now}
-	return skipped, true
 }

@@ -304,7 +304,7 @@ func (in *Incoming) Refuse(ctx context.Context, code RefuseCode, text string) er
 	var err error = &ClosedError{}
 	in.once.Do(func() {
 		if code == RefuseVersion || code == RefuseMalformed || code == RefuseHost {
-			in.server.warn(ctx, "a connection was refused", in.conn, "says_it_is", in.Hello.From, "error", text)
+			in.server.warn("a connection was refused", in.conn, "says_it_is", in.Hello.From, "error", text)
 		}
 		err = errors.Join(in.answer(ctx, appendRefuse(nil, code, text)), in.conn.Close())
 	})
@@ -322,7 +322,11 @@ type server struct {
 	transport Transport
 	cfg       Config
 	admission
-	complaints
+	complaints Complaints
+}
+
+func (s *server) warn(text string, conn net.Conn, args ...any) {
+	s.complaints.Warn(s.cfg.Logger, origin(conn), text, append([]any{"peer", conn.RemoteAddr()}, args...)...)
 }
 
 // Serve accepts connections of a transport's listener until ctx ends, then
@@ -334,7 +338,7 @@ func Serve(ctx context.Context, t Transport, ln net.Listener, cfg Config, handle
 		_ = ln.Close()
 		return err
 	}
-	s := &server{transport: t, cfg: cfg, admission: admission{most: cfg.MaxHandshakes}, complaints: complaints{log: cfg.Logger}}
+	s := &server{transport: t, cfg: cfg, admission: admission{most: cfg.MaxHandshakes}}
 	ctx, cancel := context.WithCancel(ctx)
 	var handlers sync.WaitGroup
 	defer handlers.Wait()
@@ -424,7 +428,7 @@ func (s *server) accept(ctx context.Context, conn net.Conn) (*Incoming, error) {
 		_ = in.Refuse(ctx, RefuseMalformed, err.Error())
 	default:
 		// Whoever lacks the magic would not understand a refusal.
-		s.warn(ctx, "channel handshake failed", conn, "error", err)
+		s.warn("channel handshake failed", conn, "error", err)
 		_ = conn.Close()
 	}
 	return nil, err

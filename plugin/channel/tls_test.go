@@ -462,7 +462,7 @@ func TestSilentStrangersMakeRoom(t *testing.T) {
 
 func TestComplaintsAreBounded(t *testing.T) {
 	t.Parallel()
-	c := &complaints{log: slog.New(slog.DiscardHandler)}
+	c := &Complaints{}
 	now := time.Now()
 	addr := origin(&net.TCPConn{})
 	for i := range 10 {

@@ -87,6 +87,47 @@ func TestHello(t *testing.T) {
 	}
 }
 
+// TestOwner: only the QEMU of a domain may speak for it, whatever HELLO says.
+func TestOwner(t *testing.T) {
+	own := plugin.UUID(bytes.Repeat([]byte{0x11}, 16))
+	stranger := errors.New("no QEMU of libvirt's")
+	for name, c := range map[string]struct {
+		owner func(int) (plugin.UUID, error)
+		want  error
+	}{
+		"own":      {func(int) (plugin.UUID, error) { return own, nil }, nil},
+		"another":  {func(int) (plugin.UUID, error) { return plugin.UUID{1}, nil }, ErrOwner},
+		"stranger": {func(int) (plugin.UUID, error) { return own, stranger }, stranger},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l, err := Listen(filepath.Join(t.TempDir(), "plugin.sock"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = l.Close() }()
+			l.Owner = func(pid int) (plugin.UUID, error) {
+				if pid != os.Getpid() {
+					t.Errorf("process %d", pid)
+				}
+				return c.owner(pid)
+			}
+			result := make(chan error, 1)
+			go func() {
+				_ = l.Serve(func(*Session) { result <- nil }, func(err error) { result <- err })
+			}()
+			conn, err := net.Dial("unix", l.l.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = conn.Close() }()
+			_, _ = conn.Write(frame(frameHello, hello()...)) // it may be closed already
+			if err := <-result; !errors.Is(err, c.want) {
+				t.Errorf("%v, want %v", err, c.want)
+			}
+		})
+	}
+}
+
 func TestHelloRefused(t *testing.T) {
 	old := hello()
 	old[1] = Protocol + 1
@@ -224,4 +265,40 @@ func FuzzReports(f *testing.F) {
 			t.Errorf("%T: %v", err, err)
 		}
 	})
+}
+
+// TestStrangersLeaveNothing: whoever is refused holds no file descriptor of the
+// agent's.
+func TestStrangersLeaveNothing(t *testing.T) {
+	open := func() int {
+		list, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(list)
+	}
+	l, err := Listen(filepath.Join(t.TempDir(), "plugin.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	l.Owner = func(int) (plugin.UUID, error) { return plugin.UUID{}, ErrOwner }
+	refused := make(chan error)
+	go func() {
+		_ = l.Serve(func(*Session) { t.Error("a stranger was let in") }, func(err error) { refused <- err })
+	}()
+	before := open()
+	for range 200 {
+		conn, err := net.Dial("unix", l.l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := <-refused; !errors.Is(err, ErrOwner) {
+			t.Fatal(err)
+		}
+		_ = conn.Close()
+	}
+	if after := open(); after > before+10 {
+		t.Errorf("%d file descriptors before, %d after", before, after)
+	}
 }
