@@ -513,3 +513,24 @@ func BenchmarkTransport(b *testing.B) {
 		})
 	}
 }
+
+// FuzzRevocation: a list of revoked certificates is understood or refused; it is
+// never taken for none.
+func FuzzRevocation(f *testing.F) {
+	ca := authority(f)
+	h := issue(f, ca, pki.Request{Host: "hosta"})
+	list, err := ca.Revoke(h)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(list)
+	f.Add(append(list, list...))
+	f.Add([]byte("-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n"))
+	f.Add(ca.PEM())
+	f.Fuzz(func(t *testing.T, text []byte) {
+		lists, err := parseCRL(text)
+		if (err == nil) != (len(lists) > 0) {
+			t.Fatalf("%d lists, %v", len(lists), err)
+		}
+	})
+}

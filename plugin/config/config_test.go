@@ -5,6 +5,7 @@ package config
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -157,6 +158,23 @@ func TestUnknownKeysAreReportedTogetherAndInOrder(t *testing.T) {
 		"f:4: unknown key agent.wwwwwwww; remove it, or see ftvirt.toml.example for the known ones"
 	if err == nil || err.Error() != want {
 		t.Errorf("got\n%v\nwant\n%s", err, want)
+	}
+}
+
+// TestLongFilesAreReadQuickly: the hook reads the file while libvirt waits.
+func TestLongFilesAreReadQuickly(t *testing.T) {
+	t.Parallel()
+	var text strings.Builder
+	for i := 0; text.Len() < maxFile-20; i++ {
+		fmt.Fprintf(&text, "k%d=1\n", i)
+	}
+	began := time.Now()
+	_, err := Parse("f", []byte(text.String()))
+	if !errors.Is(err, ErrUnknownKey) || len(strings.Split(err.Error(), "\n")) != maxUnknown {
+		t.Errorf("%.100v", err)
+	}
+	if took := time.Since(began); took > 20*time.Second {
+		t.Errorf("it took %v", took)
 	}
 }
 
