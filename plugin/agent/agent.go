@@ -16,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -148,16 +149,28 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 func (a *Agent) directories() error {
 	// QEMU's user must get through to the plugin socket and to the sockets
 	// of a clone, whose directories are its own.
-	if err := os.MkdirAll(a.cfg.Agent.RunDir, 0o711); err != nil {
+	if err := ownDirectory(a.cfg.Agent.RunDir, 0o711); err != nil {
 		return fmt.Errorf("run directory: %w", err)
 	}
-	if err := os.Chmod(a.cfg.Agent.RunDir, 0o711); err != nil {
-		return fmt.Errorf("run directory: %w", err)
-	}
-	if err := os.MkdirAll(a.cfg.Agent.StateDir, 0o700); err != nil {
+	if err := ownDirectory(a.cfg.Agent.StateDir, 0o700); err != nil {
 		return fmt.Errorf("state directory: %w", err)
 	}
 	return nil
+}
+
+// ownDirectory makes a directory, or takes one that is there and nobody else's.
+func ownDirectory(path string, mode os.FileMode) error {
+	if err := os.MkdirAll(path, mode); err != nil {
+		return err
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
+		return fmt.Errorf("%s belongs to user %d, who could replace what is in it; give it to root", path, st.Uid)
+	}
+	return os.Chmod(path, mode)
 }
 
 // cloneDir is where the sockets of a domain's clone lie.
