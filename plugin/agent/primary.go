@@ -401,8 +401,14 @@ const reconnectPause = 20 * time.Millisecond
 func (p *primary) reconnect(target string) *channel.Conn {
 	t := time.NewTicker(reconnectPause)
 	defer t.Stop()
+	var last string
 	for p.d.paired() {
 		conn, err := p.resume(target)
+		if err != nil && err.Error() != last {
+			// Fifty times a second the same is enough said once.
+			last = err.Error()
+			p.d.a.log.Info("no session with the peer yet", "domain", p.d.label(), "peer", p.peer, "error", err)
+		}
 		if err == nil {
 			p.d.post(pair.Event{Kind: pair.EventSessionRestored, Epoch: p.epoch})
 			return conn

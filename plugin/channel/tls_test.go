@@ -123,7 +123,9 @@ func startTLS(t testing.TB, tr Transport, log io.Writer) (addr string, welcomed 
 	}()
 	t.Cleanup(func() {
 		cancel()
-		<-served
+		if err := <-served; !errors.Is(err, context.Canceled) {
+			t.Errorf("Serve: %v", err)
+		}
 	})
 	return ln.Addr().String(), func() int { mu.Lock(); defer mu.Unlock(); return n }
 }
@@ -416,7 +418,9 @@ func TestCloseDoesNotWait(t *testing.T) {
 		t.Errorf("Close took %v", d)
 	}
 	cancel()
-	<-served
+	if err := <-served; !errors.Is(err, context.Canceled) {
+		t.Errorf("Serve: %v", err)
+	}
 }
 
 // TestSilentStrangersMakeRoom: connections that say nothing do not keep an agent
@@ -454,7 +458,9 @@ func TestSilentStrangersMakeRoom(t *testing.T) {
 	}
 	_ = conn.Close()
 	cancel()
-	<-served
+	if err := <-served; !errors.Is(err, context.Canceled) {
+		t.Errorf("Serve: %v", err)
+	}
 	if n := log.count("handshake failed"); n != 1 {
 		t.Errorf("%d lines in the log, want one", n)
 	}

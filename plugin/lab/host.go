@@ -130,7 +130,7 @@ func (h *Host) install(ctx context.Context, o Options) error {
 			return err
 		}
 	}
-	if err := h.certify(); err != nil {
+	if err := h.Certify(); err != nil {
 		return err
 	}
 	if h.has("ftvirt-hook") {
@@ -141,8 +141,8 @@ func (h *Host) install(ctx context.Context, o Options) error {
 	return h.WriteConfig(nil)
 }
 
-// certify gives the host certificates, where libvirt has them.
-func (h *Host) certify() error {
+// Certify gives the host certificates, where libvirt has them.
+func (h *Host) Certify() error {
 	ca, err := h.lab.CA()
 	if err != nil {
 		return err
