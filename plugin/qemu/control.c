@@ -197,7 +197,9 @@ static void send_log(int64_t now)
         if (io.out_len + HEADER + 8 + len > sizeof(io.out) / 2) {
             return;
         }
-        p = frame(LOG, 8 + len);
+        if (!(p = frame(LOG, 8 + len))) {
+            return;
+        }
         p = put(p, ft.sent, 8);
         ft_ring_copy(ft.sent, p, len);
         ft.sent += len;
