@@ -56,7 +56,9 @@ func TestChannelIsFenced(t *testing.T) {
 	}()
 	t.Cleanup(func() {
 		cancel()
-		<-served
+		if err := <-served; !errors.Is(err, context.Canceled) {
+			t.Errorf("Serve: %v", err)
+		}
 	})
 	session := channel.Hello{Purpose: channel.PurposeSession, From: "hosta", To: "hostb", Domain: id, Epoch: newest}
 	for name, change := range map[string]func(*channel.Hello){
