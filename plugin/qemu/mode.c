@@ -209,15 +209,19 @@ static void log_nothing(void)
  */
 static void finish_queued(int state)
 {
-    bool plain = state != Q_RUN_STATE_INTERNAL_ERROR; /* no way back from it */
+    /* The states that a VM leaves again to run; from any other QEMU aborts. */
+    bool resumable = state == Q_RUN_STATE_PAUSED ||
+                     state == Q_RUN_STATE_IO_ERROR ||
+                     state == Q_RUN_STATE_WATCHDOG ||
+                     state == Q_RUN_STATE_GUEST_PANICKED;
 
-    if (plain) {
+    if (resumable) {
         q.runstate_set(Q_RUN_STATE_RUNNING);
     }
     q.replay_async_events();
     /* The backup lets an event happen when it has seen the next one. */
     log_nothing();
-    if (plain) {
+    if (resumable) {
         q.runstate_set(state);
     }
 }
