@@ -58,7 +58,7 @@ func (a *Agent) checkDomain(ctx context.Context, info virt.Info, peer string) ([
 	if err != nil {
 		return nil, err
 	}
-	opts := hooks.CheckOptions{Host: a.cfg.Host, Peer: peer}
+	opts := hooks.CheckOptions{Host: a.cfg.Host, Peer: peer, Running: info.Active}
 	for n := range a.cfg.Peers {
 		opts.Peers = append(opts.Peers, n)
 	}

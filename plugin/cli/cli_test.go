@@ -223,7 +223,12 @@ func TestStatusOfNothing(t *testing.T) {
 
 func TestCheck(t *testing.T) {
 	t.Parallel()
+	definition := func(devices string) agent.DomainXML {
+		return agent.DomainXML{XML: `<domain type="qemu"><clock offset="utc"><timer name="hpet" present="no"/></clock><devices>` + devices + `<memballoon model="none"/></devices></domain>`}
+	}
 	f := serve(t, map[string]any{
+		"GET /v1/xml/web": definition(""), "GET /v1/xml/new": definition(""),
+		"GET /v1/xml/two":   definition(`<video><model type="qxl"/></video><rng model="virtio"><backend model="random">/dev/urandom</backend></rng>`),
 		"GET /v1/check/web": "null\n",
 		"GET /v1/check/new": []hooks.Problem{{Code: "missing-peer", Reason: "no host is named", Remedy: "name one"}},
 		"GET /v1/check/two?peer=host+b": []hooks.Problem{
