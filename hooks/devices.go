@@ -154,7 +154,7 @@ var rules = []Rule{
 	{"disk-virtio", "virtio-blk disk, raw or qcow2, in local files", Adapted, "its completions must be recorded",
 		"a blkreplay node is put on top of its image; event_idx and ioeventfd are switched off", nil},
 	{"disk-chain", "disk with backing images", Supported, "", "", nil},
-	{"disk-readonly", "read-only disk", Supported, "", "", nil},
+	{"disk-readonly", "read-only disk", Conditional, "it is not replicated, since nothing can be written to a replica", "keep the same image at the same path on both hosts", nil},
 	{"disk-bus", "SATA, IDE, SCSI, USB and other disk buses", Refused, notMigrated, "write <target dev='vda' bus='virtio'/>, and remove its <address>; the guest must have the driver",
 		onDisks(func(d *libvirtxml.DomainDisk) bool { return diskDevice(d) == "disk" && diskBus(d) != "virtio" })},
 	{"cdrom", "CD-ROM drive without a medium", Removed, "part of its controller's state stays behind when the backup is cloned", takenOut, onDisks(emptyDrive)},

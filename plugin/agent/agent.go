@@ -45,16 +45,19 @@ type Agent struct {
 
 	mu      sync.Mutex
 	domains map[plugin.UUID]*domain
-	ctx     context.Context // of Run; domains live in it
-	started time.Time
-	wg      sync.WaitGroup
+	// Domains whose annotations are to be looked at.
+	changed    chan plugin.UUID
+	changedAll chan struct{}
+	ctx        context.Context // of Run; domains live in it
+	started    time.Time
+	wg         sync.WaitGroup
 }
 
 // New makes the agent of a host; Run starts it. Build is the version to show.
 func New(cfg config.Config, log *slog.Logger) (*Agent, error) {
 	a := &Agent{
 		cfg: cfg, log: log, domains: map[plugin.UUID]*domain{}, events: newJournal(),
-		channel: channel.DefaultConfig(),
+		channel: channel.DefaultConfig(), changed: make(chan plugin.UUID, 64), changedAll: make(chan struct{}, 1),
 	}
 	a.channel.Logger = log
 	a.channel.QueueBytes = max(int(cfg.Channel.SendBuffer), a.channel.QueueBytes)
@@ -75,7 +78,8 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	}
 	var err error
 	a.virt, err = virt.Open(ctx, a.cfg.LibvirtURI, virt.Events{
-		Started: func(i virt.Info) { a.kickID(i.UUID) }, Stopped: a.stopped, MetadataChanged: a.kickID,
+		Started: func(i virt.Info) { a.notice(i.UUID) }, Stopped: a.stopped,
+		MetadataChanged: a.notice, DefinitionChanged: a.notice, Reconnected: a.noticeAll,
 	})
 	if err != nil {
 		return fmt.Errorf("libvirt at %s: %w; is libvirtd running?", a.cfg.LibvirtURI, err)
@@ -134,6 +138,7 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 		return plugins.Close()
 	})
 	a.greet(ctx)
+	a.wg.Go(func() { a.watchWishes(ctx) })
 	a.log.Info("agent started", "host", a.cfg.Host, "channel", a.cfg.Channel.Listen)
 	if ready != nil {
 		ready()

@@ -40,6 +40,7 @@ type domain struct {
 	closing  map[plugin.Epoch]bool
 	failure  string // why the last clone failed
 	avoid    string // the peer on which it failed
+	wrong    string // what is not understood of the annotation
 	retryAt  time.Time
 
 	adoptions int // of what an earlier agent left, under way

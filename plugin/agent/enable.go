@@ -81,7 +81,7 @@ func missingDisks(dom *libvirtxml.Domain) []hooks.Problem {
 		return nil
 	}
 	for _, d := range dom.Devices.Disks {
-		if d.Source == nil || d.Source.File == nil || d.Target == nil {
+		if d.Source == nil || d.Source.File == nil || d.Source.File.File == "" || d.Target == nil {
 			continue
 		}
 		if _, err := os.Stat(d.Source.File.File); err != nil {

@@ -57,6 +57,8 @@ type Status struct {
 	// is tried.
 	Failure string  `json:"failure,omitempty" yaml:"failure,omitempty"`
 	Retry   float64 `json:"retry_s,omitempty" yaml:"retry_s,omitempty"`
+	// AnnotationError is what is not understood of the domain's annotation.
+	AnnotationError string `json:"annotation_error,omitempty" yaml:"annotation_error,omitempty"`
 }
 
 // phaseUndoing is the phase of a clone that failed and is not yet cleared away.
@@ -71,6 +73,7 @@ func (d *domain) report() Status {
 	st := Status{
 		Domain: d.name, UUID: d.id, Host: d.a.cfg.Host, Role: s.Role, State: s.State, Reason: s.Reason, Epoch: s.Epoch,
 		Peer: s.Peer, Mode: "none", Channel: d.a.channelSecurity(), Failure: d.failure, ClonePause: millis(d.progress.Pause),
+		AnnotationError: d.wrong,
 	}
 	switch {
 	case d.clones > 0 && s.State == pair.Unprotected:
@@ -112,7 +115,9 @@ func (d *domain) report() Status {
 }
 
 // relevant tells whether a domain has to do with ftvirt here.
-func (s Status) relevant() bool { return s.Epoch != 0 || s.Mode != "none" }
+func (s Status) relevant() bool {
+	return s.Epoch != 0 || s.Mode != "none" || s.AnnotationError != "" || s.Failure != ""
+}
 
 // Status tells about all domains of this host that have to do with ftvirt.
 func (a *Agent) Status() []Status {

@@ -94,6 +94,9 @@ func warnPlaintext(c *cli.Context, list ...client.Status) {
 	}
 }
 
+// annotationWrong stands in the table; the status of the domain tells more.
+const annotationWrong = "annotation not understood"
+
 func statusTable(w io.Writer, list []client.Status) error {
 	t := newTable(w, "DOMAIN", "ROLE", "PRIMARY", "BACKUP", "STATE", "EPOCH", "LAG", "LOG RATE", "OUTPUT DELAY", "POSITION")
 	for _, s := range list {
@@ -101,6 +104,9 @@ func statusTable(w io.Writer, list []client.Status) error {
 		state := stateOf(s)
 		if s.State == "cloning" {
 			state = fmt.Sprintf("cloning %d %%", percent(s))
+		}
+		if s.AnnotationError != "" {
+			state += ", " + annotationWrong
 		}
 		t.row(s.Domain, string(s.Role), primary, backup, state, strconv.FormatUint(uint64(s.Epoch), 10),
 			milliseconds(s.Lag), byteRate(s.LogRate), milliseconds(s.OutputDelay), strconv.FormatUint(uint64(s.Position), 10))
@@ -118,6 +124,9 @@ func statusOf(w io.Writer, s client.Status) error {
 	f.add("Primary", primary)
 	f.add("Backup", backup)
 	f.add("State", stateOf(s))
+	if s.AnnotationError != "" {
+		f.add("Annotation", s.AnnotationError+"; the domain is treated as before; correct it with 'virsh edit' or 'virsh metadata'")
+	}
 	if s.Failure != "" {
 		f.add("Failure", s.Failure)
 	}

@@ -67,11 +67,6 @@ type Agent struct {
 	LogLevel   slog.Level `toml:"log_level"`
 }
 
-// HookSocket is where the libvirt hook tells the agent what libvirt does. The
-// agent listens there on a stream socket; each connection carries one line of
-// JSON.
-func (a Agent) HookSocket() string { return filepath.Join(a.RunDir, hookSocket) }
-
 // Channel configures the logging channel between agents.
 type Channel struct {
 	Listen string `toml:"listen"`
@@ -175,7 +170,6 @@ type Peer struct {
 const (
 	adminSocket  = "agent.sock"
 	pluginSocket = "plugin.sock"
-	hookSocket   = "hook.sock"
 )
 
 // Default gives the values that hold where the file says nothing. Host is the

@@ -107,7 +107,7 @@ func TestLoadCompletes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.Agent.AdminSocket != "/run/x/agent.sock" || c.Agent.PluginSocket != "/run/y/p.sock" || c.Agent.HookSocket() != "/run/x/hook.sock" {
+	if c.Agent.AdminSocket != "/run/x/agent.sock" || c.Agent.PluginSocket != "/run/y/p.sock" {
 		t.Errorf("sockets: %+v", c.Agent)
 	}
 	if c.Agent.LogLevel != slog.LevelDebug || c.Heartbeat.Timeout != 500*time.Millisecond {

@@ -74,7 +74,7 @@ func (c Config) Validate() error {
 	v.socket("agent.admin_socket", c.Agent.AdminSocket)
 	v.socket("agent.plugin_socket", c.Agent.PluginSocket)
 	if c.Agent.RunDir != "" {
-		v.socketLength("agent.run_dir", c.Agent.HookSocket())
+		v.socketLength("agent.run_dir", filepath.Join(c.Agent.RunDir, longestSocket))
 	}
 	v.check(c.Agent.AdminSocket != c.Agent.PluginSocket, "agent.plugin_socket", "it is the same as agent.admin_socket",
 		"give each its own path: QEMU must never reach the admin socket")
@@ -259,3 +259,7 @@ func validPort(port string) bool {
 	n, err := strconv.ParseUint(port, 10, 16)
 	return err == nil && n > 0
 }
+
+// longestSocket is the longest name below run_dir: of a clone's socket, in a
+// directory that is named after the domain.
+const longestSocket = "clone-00000000-0000-0000-0000-000000000000/migrate.sock"

@@ -52,7 +52,8 @@ func TestDefinitions(t *testing.T) {
     <video><model type='cirrus'/></video>`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			images(t, hosta)
+			images(t, hosta, "base.img", "top.qcow2", "static.img", "second.img")
+			images(t, hostb, "static.img")
 			shared.guests++
 			name := fmt.Sprintf("guest%d", shared.guests)
 			vm, err := b.StartVMAs(t.Context(), hosta, hostb, 0, name, func(text string) string {
@@ -108,19 +109,19 @@ func TestDefinitions(t *testing.T) {
 }
 
 // images makes the disks that definitions of TestDefinitions name.
-func images(t *testing.T, h *lab.Host) {
+func images(t *testing.T, h *lab.Host, names ...string) {
 	t.Helper()
-	_, err := h.Exec(t.Context(), "sh", "-euc", `cd "$1"
-		qemu-img create -q -f raw base.img 8M
-		qemu-img create -q -f qcow2 -b base.img -F raw top.qcow2
-		qemu-img create -q -f raw static.img 1M
-		qemu-img create -q -f raw second.img 8M`, "sh", lab.ImageDir)
-	must(t, err)
-	t.Cleanup(func() {
-		for _, name := range []string{"base.img", "top.qcow2", "static.img", "second.img"} {
+	for _, name := range names {
+		create := []string{"qemu-img", "create", "-q", "-f", "raw", lab.ImageDir + "/" + name, "8M"}
+		if name == "top.qcow2" {
+			create = []string{"qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.img", "-F", "raw", lab.ImageDir + "/" + name}
+		}
+		_, err := h.Exec(t.Context(), create...)
+		must(t, err)
+		t.Cleanup(func() {
 			if err := os.Remove(h.Path(lab.ImageDir + "/" + name)); err != nil {
 				t.Error(err)
 			}
-		}
-	})
+		})
+	}
 }

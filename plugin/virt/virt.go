@@ -57,6 +57,8 @@ type Events struct {
 	Started         func(Info)
 	Stopped         func(Stopped)
 	MetadataChanged func(plugin.UUID)
+	// DefinitionChanged: it was defined, or its definition was removed.
+	DefinitionChanged func(plugin.UUID)
 	// Reconnected is called after libvirtd came back.
 	Reconnected func()
 }
@@ -163,6 +165,10 @@ func (c *Conn) lifecycle(d *libvirt.Domain, e *libvirt.DomainEventLifecycle) {
 	}
 	name, _ := d.GetName()
 	switch e.Event {
+	case libvirt.DOMAIN_EVENT_DEFINED, libvirt.DOMAIN_EVENT_UNDEFINED:
+		if c.events.DefinitionChanged != nil {
+			c.events.DefinitionChanged(id)
+		}
 	case libvirt.DOMAIN_EVENT_STARTED:
 		if c.events.Started != nil {
 			c.events.Started(Info{UUID: id, Name: name, Active: true})

@@ -72,6 +72,7 @@ type Status struct {
 	ClonePause       float64 `json:"clone_pause_ms" yaml:"clone_pause_ms"`
 	Failure          string  `json:"failure,omitempty" yaml:"failure,omitempty"`
 	Retry            float64 `json:"retry_s,omitempty" yaml:"retry_s,omitempty"`
+	AnnotationError  string  `json:"annotation_error,omitempty" yaml:"annotation_error,omitempty"`
 }
 
 // String is the line that messages show: who, what and why.
@@ -79,6 +80,9 @@ func (s Status) String() string {
 	text := fmt.Sprintf("%s on %s: %s %s, reason %s, epoch %d, plugin %s", s.Domain, s.Host, s.Role, s.State, s.Reason, s.Epoch, s.Mode)
 	if s.ClonePhase != "" {
 		text += fmt.Sprintf(", clone %s, %d bytes remain", s.ClonePhase, s.CloneRemaining)
+	}
+	if s.AnnotationError != "" {
+		text += ", " + s.AnnotationError
 	}
 	if s.Failure != "" {
 		text += ", failure: " + s.Failure
