@@ -33,13 +33,12 @@ func TestNamesAgreeWithLibvirt(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
 	dir := t.TempDir()
-	run := func(name string, args ...string) string {
+	run := func(name string, args ...string) {
 		t.Helper()
 		out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
 		if err != nil {
 			t.Fatalf("%s: %v\n%s", name, err, out)
 		}
-		return string(out)
 	}
 	image := func(name string) string { return filepath.Join(dir, name) }
 	run("qemu-img", "create", "-q", "-f", "raw", image("base.img"), "1M")

@@ -94,6 +94,8 @@ void ft_send_state(const char *text)
     size_t len = strnlen(text, 200);
     uint8_t *p;
 
+    /* Each change of the mode comes by here. */
+    ft_veto(ft.mode != FT_BOOT && ft.mode != FT_IDLE);
     if (!ft.connected || !(p = frame(STATE, 42 + len))) {
         return;
     }

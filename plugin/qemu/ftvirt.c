@@ -137,6 +137,7 @@ int qemu_plugin_install(uint64_t id, const void *info, int argc, char **argv)
     }
     ft.main_context = q.qemu_get_aio_context();
     ft_mode_init();
+    ft_power_init();
     if (!ft_control_init()) {
         ft_report("not loaded: %s", strerror(errno));
         return -1;

@@ -148,6 +148,12 @@ void ft_gate_release(void);
 /* pause.c: the guest's PAUSE instruction. */
 bool ft_pause_init(const char **why);
 
+/* power.c: the power button. */
+void ft_power_init(void);
+
+/* veto.c: monitor commands that a protected domain refuses. */
+void ft_veto(bool on);
+
 /* control.c: the agent. */
 bool ft_control_init(void);
 bool ft_thread(void *(*f)(void *), const char *name);

@@ -146,6 +146,11 @@ enum { Q_MAIN_LOOP_POLL_OK = 2 };
     X(const char *, object_get_canonical_path_component, (void *obj), "names of chardevs") \
     X(void, qemu_chr_set_feature, (void *chr, int feature), "marks guest-facing chardevs as recorded") \
     X(void, virtio_queue_invalidate_signalled_used, (void *vdev, int n), "as a load of the state does") \
+    X(void, qemu_register_powerdown_notifier, (struct q_plain_notifier *n), "the power button") \
+    X(void, replay_input_event, (void *console, void *event), "the power button, recorded") \
+    X(void *, qemu_input_handler_register, (void *dev, const void *handler), "the power button, replayed") \
+    X(void, qmp_disable_command, (void *commands, const char *name, const char *why), "what must not be asked of a protected domain") \
+    X(void, qmp_enable_command, (void *commands, const char *name), "and may be asked again") \
     X(void *, qmp_query_version, (void **errp), "the version of QEMU") \
     X(const char *, error_get_pretty, (void *err), "messages") \
     X(void, error_free, (void *err), "messages")
@@ -156,6 +161,7 @@ enum { Q_MAIN_LOOP_POLL_OK = 2 };
     X(FILE *, replay_file, "the log, made a stream in memory") \
     X(struct q_replay_state, replay_state, "counters set at the switch") \
     X(struct q_timers_state, timers_state, "clock offset at go-live") \
+    X(void *, qmp_commands, "the monitor's commands") \
     X(void *, helper_info_pause, "what TCG calls for PAUSE") \
     X(void *, cpus_queue, "the vCPU")
 
