@@ -37,7 +37,7 @@ func App() *cli.App {
 		Commands: []*cli.Command{
 			enableCommand(), disableCommand(), suspendCommand(), resumeCommand(), failoverCommand(),
 			restartBackupCommand(), migrateBackupCommand(), statusCommand(), listCommand(), checkCommand(), eventsCommand(), diagnoseCommand(),
-			xmlCommand(), logCommand(), arbiterCommand(), witnessCommand(), pkiCommand(), configCommand(), agentCommand(), labcli.Command(),
+			xmlCommand(), virshCommand(), logCommand(), arbiterCommand(), witnessCommand(), pkiCommand(), configCommand(), agentCommand(), labcli.Command(),
 		},
 		Action: unknownCommand,
 		// Run reports errors and chooses the exit code.
