@@ -54,7 +54,7 @@ func BackupXML(live *libvirtxml.Domain, o BackupOptions) (*libvirtxml.Domain, er
 		return nil, fmt.Errorf("domain %s: %w", live.Name, err)
 	}
 	o.ICountShift = shift
-	if found := attached(live); len(found) > 0 {
+	if found := append(matching(live, func(r Rule) bool { return r.Code == "hotplug" }), attached(live)...); len(found) > 0 {
 		return nil, &NotReadyError{Domain: live.Name, Problems: found}
 	}
 

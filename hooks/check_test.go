@@ -120,7 +120,7 @@ func TestCheckRefuses(t *testing.T) {
 		}
 	}
 	for _, r := range Rules() {
-		if r.Support == Refused && !tested[r.Code] {
+		if r.Support == Refused && !tested[r.Code] && r.Code != "hotplug" { // see TestHotplug
 			t.Errorf("rule %s has no test", r.Code)
 		}
 	}

@@ -149,6 +149,8 @@ var rules = []Rule{
 		onDomain(func(d *libvirtxml.Domain) bool { return d.LaunchSecurity != nil })},
 	{"qemu-arguments", "QEMU arguments of one's own that add devices or change time", Refused, "what they add is not recorded",
 		"remove them from <qemu:commandline>, or use libvirt's elements", foreignArguments},
+	{"hotplug", "disks and network cards that were attached or detached while the domain ran", Refused, "QEMU records what was there at the start",
+		"power the domain off and start it again", hotplugged},
 
 	// Disks.
 	{"disk-virtio", "virtio-blk disk, raw or qcow2, in local files", Adapted, "its completions must be recorded",

@@ -76,8 +76,14 @@ func (a *Agent) look(ctx context.Context, id plugin.UUID) {
 	if ctx.Err() != nil {
 		return
 	}
-	if changed || err != nil {
-		a.domain(id).setFailure(err)
+	a.mu.Lock()
+	d := a.domains[id]
+	a.mu.Unlock()
+	if d == nil && err != nil {
+		d = a.domain(id)
+	}
+	if d != nil {
+		d.setFailure(err)
 	}
 	switch {
 	case err != nil:

@@ -95,7 +95,7 @@ void ft_send_state(const char *text)
     uint8_t *p;
 
     /* Each change of the mode comes by here. */
-    ft_veto(ft.mode != FT_BOOT && ft.mode != FT_IDLE);
+    ft_veto(ft.mode);
     if (!ft.connected || !(p = frame(STATE, 42 + len))) {
         return;
     }

@@ -152,7 +152,7 @@ bool ft_pause_init(const char **why);
 void ft_power_init(void);
 
 /* veto.c: monitor commands that a protected domain refuses. */
-void ft_veto(bool on);
+void ft_veto(enum ft_mode mode);
 
 /* control.c: the agent. */
 bool ft_control_init(void);

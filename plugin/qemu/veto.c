@@ -32,22 +32,40 @@ static const char *const commands[] = {
     "migrate", "snapshot-save", "snapshot-load", "snapshot-delete",
 };
 
+/* What the primary does on both sides, and a backup must not do by itself. */
+static const char *const of_primary[] = {
+    "stop", "system_reset", "system_powerdown", "dump-guest-memory",
+};
+
+static const char replays[] =
+    "this is a backup of ftvirt, which does what its primary does; "
+    "ask the primary's host";
+
+static void set(const char *const *list, size_t n, const char *why)
+{
+    for (size_t i = 0; i < n; i++) {
+        if (why) {
+            q.qmp_disable_command(q.qmp_commands, list[i], why);
+        } else {
+            q.qmp_enable_command(q.qmp_commands, list[i]);
+        }
+    }
+}
+
 /* Called with the lock held, as the mode changes, in the main loop or a thread
  * that it waits for; what is called here takes no lock and waits for nothing.
  */
-void ft_veto(bool on)
+void ft_veto(enum ft_mode mode)
 {
-    static bool vetoed;
+    static enum ft_mode before = FT_BOOT;
+    const char *why = mode == FT_REPLAY ? replays : reason;
 
-    if (on == vetoed) {
+    if (mode == before) {
         return;
     }
-    vetoed = on;
-    for (size_t i = 0; i < sizeof(commands) / sizeof(commands[0]); i++) {
-        if (on) {
-            q.qmp_disable_command(q.qmp_commands, commands[i], reason);
-        } else {
-            q.qmp_enable_command(q.qmp_commands, commands[i]);
-        }
-    }
+    before = mode;
+    set(commands, sizeof(commands) / sizeof(commands[0]),
+        mode == FT_BOOT || mode == FT_IDLE ? NULL : why);
+    set(of_primary, sizeof(of_primary) / sizeof(of_primary[0]),
+        mode == FT_REPLAY ? replays : NULL);
 }
