@@ -231,6 +231,7 @@ const stopTimeout = 500 * time.Millisecond
 
 // stopped notes how a domain ended, as libvirt tells it.
 func (a *Agent) stopped(s virt.Stopped) {
+	a.lookSoon(s.UUID) // its definition can be made ready now
 	a.mu.Lock()
 	d := a.domains[s.UUID]
 	a.mu.Unlock()

@@ -17,9 +17,13 @@ import (
 // domains that never had to do with ftvirt: an annotation that is wrong must not
 // go unnoticed, and one that is right is all that an operator has to write.
 
-// notice has the domain's annotation looked at. It does not block.
+// notice has the domain's annotation looked at and followed. It does not block.
 func (a *Agent) notice(id plugin.UUID) {
 	a.kickID(id)
+	a.lookSoon(id)
+}
+
+func (a *Agent) lookSoon(id plugin.UUID) {
 	select {
 	case a.changed <- id:
 	default:

@@ -18,7 +18,7 @@ import (
 const ftPrefix = "ft-"
 
 // notForVirsh are the commands that have nothing to do with a domain of libvirt.
-var notForVirsh = []string{"agent", "arbiter", "config", "lab", "log", "virsh", "help"}
+var notForVirsh = []string{"agent", "arbiter", "config", "lab", "log", "virsh", "witness", "help"}
 
 // virshOptions are those of virsh itself that take a value as the next word.
 var virshOptions = []string{"-c", "--connect", "-d", "--debug", "-e", "--escape", "-k", "--keepalive-interval", "-K", "--keepalive-count", "-l", "--log"}

@@ -208,8 +208,8 @@ func operate(t *testing.T, h *lab.Host, args []string) (string, error) {
 	return string(out), err
 }
 
-// An operator needs virsh alone: the annotation of a domain that is off is
-// followed, and one that is wrong is told of.
+// An operator needs virsh alone: an annotation is followed as soon as the domain
+// is off, and one that is wrong is told of.
 func TestVirshOnly(t *testing.T) {
 	b, hosta, hostb := bed(t)
 	for _, h := range b.Hosts() {
@@ -223,9 +223,10 @@ func TestVirshOnly(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	metadata := []string{"metadata", vm.Name, "--uri", "urn:ftvirt:domain:1", "--key", "ft", "--config"}
 	annotate := func(text string) {
 		t.Helper()
-		_, err := hosta.Virsh(t.Context(), "metadata", vm.Name, "--uri", "urn:ftvirt:domain:1", "--key", "ft", "--config", "--set", text)
+		_, err := hosta.Virsh(t.Context(), append(metadata, "--set", text)...)
 		must(t, err)
 	}
 	annotate(`<pair mode="protected" pear="hostb"/>`)
@@ -243,9 +244,19 @@ func TestVirshOnly(t *testing.T) {
 		t.Errorf("ftvirt status:\n%s\nlog:\n%s", out, log)
 	}
 
+	if out, err := hosta.Virsh(t.Context(), "start", vm.Name); err == nil || !strings.Contains(err.Error(), "correct it with virsh edit") {
+		t.Errorf("started with a wrong annotation: %s (%v)", out, err)
+	}
+	_, err = hosta.Virsh(t.Context(), append(metadata, "--remove")...)
+	must(t, err)
+	_, err = hosta.Virsh(t.Context(), "start", vm.Name)
+	must(t, err)
+	// Right, but too late for this run.
 	annotate(`<pair mode="protected" peer="hostb"/>`)
 	_, err = b.Wait(t.Context(), hosta, vm.Name, "the annotation to be taken", 10*time.Second,
 		func(s client.Status) (bool, error) { return s.AnnotationError == "", nil })
+	must(t, err)
+	_, err = hosta.Virsh(t.Context(), "destroy", vm.Name)
 	must(t, err)
 	ready := func() bool {
 		text, err := hosta.Virsh(t.Context(), "dumpxml", "--inactive", vm.Name)
