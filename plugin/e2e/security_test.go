@@ -19,7 +19,7 @@ import (
 func TestPlaintextIsToldOf(t *testing.T) {
 	b, hosta, hostb := bed(t)
 	shared.guests++
-	vm, err := b.DefineVM(t.Context(), hosta, 0, "plaintext")
+	vm, err := b.DefineVM(t.Context(), hosta, 0, "plaintext", nil)
 	must(t, err)
 	t.Cleanup(func() { must(t, vm.Remove(context.Background())) })
 	status := func() string {
