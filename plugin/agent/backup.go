@@ -39,6 +39,8 @@ type backup struct {
 	rate    meter
 	fed     chan struct{} // closed and renewed when the plugin consumed
 
+	comparison comparison // of the registers with the primary's
+
 	reached   plugin.Position // the newest position known to be consumed
 	lag, peak time.Duration   // of the last period, and of this one so far
 	lagged    time.Time       // when the lag was last reported
@@ -262,6 +264,7 @@ func (b *backup) halt() {
 	b.mu.Unlock()
 	if v != nil {
 		v.watch(nil)
+		v.digests(nil)
 	}
 	if conn != nil {
 		// It waits for requests that are served, which end with ctx.
@@ -317,6 +320,7 @@ func (b *backup) attach(v *vm) bool {
 		return false
 	}
 	v.watch(func() { b.watch(v) })
+	v.digests(func(g ctl.Digest) { b.compare(v, g) })
 	b.d.welcome(v, b.epoch, 0)
 	b.d.a.wg.Go(func() { b.feed(v) })
 	return true
@@ -371,7 +375,8 @@ func (b *backup) consumed(r reports) {
 	conn, lag := b.conn, b.lag
 	b.mu.Unlock()
 	if due && conn != nil {
-		c := entry{Kind: kindLag, Epoch: b.epoch, LagMicros: lag.Microseconds(), Consumed: r.consumed.Pos}
+		equal, _ := b.comparison.result()
+		c := entry{Kind: kindLag, Epoch: b.epoch, LagMicros: lag.Microseconds(), Consumed: r.consumed.Pos, Compared: equal}
 		b.d.a.wg.Go(func() { send(b.ctx, conn, c) })
 	}
 }
@@ -482,6 +487,10 @@ func (b *backup) append(conn *channel.Conn, m channel.Message) error {
 }
 
 func (b *backup) control(c entry) {
+	if c.Kind == kindDigest && c.Digest != nil {
+		b.expect(*c.Digest)
+		return
+	}
 	ev, ok := notifyEvent(c)
 	if !ok {
 		return

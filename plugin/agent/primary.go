@@ -42,17 +42,18 @@ type primary struct {
 	abort   context.CancelFunc
 	beats   beats
 
-	mu     sync.Mutex
-	vm     *vm
-	conn   *channel.Conn   // nil while the session is broken
-	expect plugin.Position // of the next byte to send
-	dec    *rrlog.Decoder  // of the log as it was sent, to see a deliberate end
-	layout rrlog.Layout    // for one that is made later
-	acked  plugin.Position
-	lag    time.Duration
-	pacer  pacer
-	paced  float64 // part of its time that the primary pauses
-	rate   meter
+	mu       sync.Mutex
+	vm       *vm
+	conn     *channel.Conn   // nil while the session is broken
+	expect   plugin.Position // of the next byte to send
+	dec      *rrlog.Decoder  // of the log as it was sent, to see a deliberate end
+	layout   rrlog.Layout    // for one that is made later
+	acked    plugin.Position
+	lag      time.Duration
+	compared uint64 // times that both sides' registers were equal
+	pacer    pacer
+	paced    float64 // part of its time that the primary pauses
+	rate     meter
 
 	keptMu sync.Mutex
 	kept   *os.File // copy of the log, if one is kept
@@ -112,6 +113,7 @@ func (p *primary) halt() {
 	p.keptMu.Unlock()
 	if v != nil {
 		v.ship(nil)
+		v.digests(nil)
 		v.watch(nil)
 	}
 	if conn != nil {
@@ -144,6 +146,7 @@ func (p *primary) clone(v *vm) error {
 		return err
 	}
 	p.d.a.wg.Go(func() { p.receive(conn) })
+	v.digests(p.digest)
 	v.ship(p.ship)
 	v.watch(p.watch)
 	if err := v.idle(ctx); err != nil {
@@ -366,6 +369,9 @@ func (p *primary) serve(conn *channel.Conn) error {
 
 func (p *primary) control(c entry) {
 	if c.Kind == kindLag {
+		p.mu.Lock()
+		p.compared = c.Compared
+		p.mu.Unlock()
 		p.pace(time.Duration(c.LagMicros) * time.Microsecond)
 		return
 	}
@@ -463,6 +469,7 @@ func (p *primary) attach(v *vm) {
 	resume := p.expect
 	p.mu.Unlock()
 	v.switched.Store(uint64(p.epoch))
+	v.digests(p.digest)
 	v.ship(p.ship)
 	v.watch(p.watch)
 	// Everything below expect was given to the channel, so the plugin may be

@@ -48,6 +48,9 @@ type Status struct {
 	OutputQueue    uint64  `json:"output_queue" yaml:"output_queue"`
 	OutputDropped  uint64  `json:"output_dropped" yaml:"output_dropped"`
 	Instructions   uint64  `json:"instructions" yaml:"instructions"`
+	// Compared is how often in this epoch both sides had the same registers at
+	// the same event. A difference ends the pair.
+	Compared uint64 `json:"compared" yaml:"compared"`
 
 	ClonePhase       string  `json:"clone_phase,omitempty" yaml:"clone_phase,omitempty"`
 	CloneTransferred int64   `json:"clone_transferred,omitempty" yaml:"clone_transferred,omitempty"`
@@ -103,13 +106,14 @@ func (d *domain) report() Status {
 		}
 		st.OutputDelayMax = millis(time.Duration(r.stats.DelayMaxNS))
 		p.mu.Lock()
-		st.Lag, st.Slowed, st.LogRate = millis(p.lag), p.paced, p.rate.rate(now)
+		st.Lag, st.Slowed, st.LogRate, st.Compared = millis(p.lag), p.paced, p.rate.rate(now), p.compared
 		p.mu.Unlock()
 	case r.Mode == control.ModeReplay && b != nil && b.log() != nil:
 		st.Position, st.Acked, st.Instructions = r.consumed.Pos, b.log().Boundary(), r.consumed.Icount
 		b.mu.Lock()
 		st.Lag, st.LogRate = millis(b.lag), b.rate.rate(now)
 		b.mu.Unlock()
+		st.Compared, _ = b.comparison.result()
 	}
 	return st
 }

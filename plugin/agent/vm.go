@@ -39,6 +39,7 @@ type vm struct {
 	diverged *control.Diverged
 	refused  error
 	onLog    func(plugin.Position, []byte) error
+	onDigest func(control.Digest)
 	onReport func() // after state, consumed and diverged; must not block
 }
 
@@ -67,7 +68,15 @@ func (v *vm) run(ctx context.Context) error {
 		Consumed: func(c control.Consumed) { v.report(func() { v.consumed = c }) },
 		Stats:    func(s control.Stats) { v.report(func() { v.stats = s }) },
 		Diverged: func(d control.Diverged) { v.report(func() { v.diverged = &d }) },
-		Refused:  func(err error) { v.report(func() { v.refused = err }) },
+		Digest: func(g control.Digest) {
+			v.mu.Lock()
+			f := v.onDigest
+			v.mu.Unlock()
+			if f != nil {
+				f(g)
+			}
+		},
+		Refused: func(err error) { v.report(func() { v.refused = err }) },
 	})
 }
 
@@ -88,6 +97,13 @@ func (v *vm) ship(f func(plugin.Position, []byte) error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.onLog = f
+}
+
+// digests directs what the plugin tells of registers to f.
+func (v *vm) digests(f func(control.Digest)) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.onDigest = f
 }
 
 // watch calls f after each report.

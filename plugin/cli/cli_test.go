@@ -144,7 +144,7 @@ func protected() client.Status {
 	return client.Status{
 		Domain: "web", UUID: webID, Host: "hosta", Role: plugin.RolePrimary, State: "protected", Reason: "none", Epoch: 3, Peer: "hostb",
 		Mode: "record", Channel: "tls", Position: 1048576, Acked: 1048000, Lag: 12.4, LogRate: 8300, OutputDelay: 4.25, OutputDelayMax: 17.9,
-		OutputQueue: 2, Instructions: 98765432101, ClonePause: 87.125,
+		OutputQueue: 2, Instructions: 98765432101, Compared: 1234, ClonePause: 87.125,
 	}
 }
 

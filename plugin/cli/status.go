@@ -151,6 +151,7 @@ func statusOf(w io.Writer, s client.Status) error {
 	f.add("Output queue", fmt.Sprintf("%d waiting, %d dropped", s.OutputQueue, s.OutputDropped))
 	f.add("Position", fmt.Sprintf("%d, acknowledged %d", s.Position, s.Acked))
 	f.add("Instructions", strconv.FormatUint(s.Instructions, 10))
+	f.add("Compared", fmt.Sprintf("registers equal %d times", s.Compared))
 	f.add("Clone pause", milliseconds(s.ClonePause))
 	return f.flush()
 }

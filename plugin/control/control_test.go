@@ -174,6 +174,7 @@ func TestCommands(t *testing.T) {
 		{"open", func() error { return s.Open(7) }, frame(frameOpen, 0, 0, 0, 0, 0, 0, 0, 7)},
 		{"idle", s.Idle, frame(frameIdle)},
 		{"configure", func() error { return s.Configure(3*time.Second, 50*time.Millisecond) }, frame(frameConfig, 0, 0, 0x0b, 0xb8, 0, 0, 0, 50)},
+		{"check", func() error { return s.Check(258) }, frame(frameCheck, 0, 0, 0, 0, 0, 0, 1, 2)},
 		{"pace", func() error { return s.Pace(0.3) }, frame(framePace, 1, 44)},
 		{"pace too much", func() error { return s.Pace(2) }, frame(framePace, 3, 132)},
 	} {
@@ -248,6 +249,7 @@ func FuzzReports(f *testing.F) {
 	f.Add(byte(frameConsumed), make([]byte, 25))
 	f.Add(byte(frameStats), make([]byte, 72))
 	f.Add(byte(frameDiverged), make([]byte, 24))
+	f.Add(byte(frameDigest), make([]byte, 24))
 	f.Add(byte(frameError), []byte{1})
 	f.Add(byte(0xff), []byte{})
 	f.Fuzz(func(t *testing.T, kind byte, payload []byte) {

@@ -30,6 +30,7 @@ const (
 	frameStats
 	frameDiverged
 	frameError
+	frameDigest
 )
 
 const (
@@ -43,6 +44,7 @@ const (
 	frameIdle
 	frameConfig
 	framePace
+	frameCheck
 )
 
 // Errors of the protocol. A *FrameError wraps one of them.
@@ -144,6 +146,14 @@ type Diverged struct {
 	Instructions uint32 // instructions the log wants before it
 }
 
+// Digest is a hash of the registers when the event that ends at Pos had just
+// been logged, on the primary, or consumed, on the backup.
+type Digest struct {
+	Pos       plugin.Position
+	Icount    uint64
+	Registers uint64
+}
+
 type reader struct {
 	p   []byte
 	bad bool
@@ -238,6 +248,12 @@ func parseStats(p []byte) (Stats, error) {
 func parseDiverged(p []byte) (Diverged, error) {
 	r := &reader{p: p}
 	d := Diverged{Pos: r.pos(), Icount: r.uint(8), Kind: uint32(r.uint(4)), Instructions: uint32(r.uint(4))}
+	return d, r.err()
+}
+
+func parseDigest(p []byte) (Digest, error) {
+	r := &reader{p: p}
+	d := Digest{Pos: r.pos(), Icount: r.uint(8), Registers: r.uint(8)}
 	return d, r.err()
 }
 

@@ -43,6 +43,7 @@ type Handler struct {
 	Consumed func(Consumed)
 	Stats    func(Stats)
 	Diverged func(Diverged)
+	Digest   func(Digest)
 	Refused  func(error) // wraps ErrPlugin
 }
 
@@ -171,6 +172,10 @@ func (s *Session) Pace(part float64) error {
 	return s.sendBytes(framePace, binary.BigEndian.AppendUint16(nil, uint16(1000*min(max(part, 0), PaceMost))))
 }
 
+// Check asks a backup for its Digest where the event that ends at pos is
+// consumed. It has to be sent before the log that leads there is fed.
+func (s *Session) Check(pos plugin.Position) error { return s.send(frameCheck, uint64(pos)) }
+
 // Run reads what the plugin says until the connection ends or ctx does. It
 // returns io.EOF when the plugin went away, as it does when QEMU ends.
 func (s *Session) Run(ctx context.Context, h Handler) error {
@@ -211,6 +216,8 @@ func (h *Handler) dispatch(t frameType, p []byte) error {
 		err = deliver(p, parseStats, h.Stats)
 	case frameDiverged:
 		err = deliver(p, parseDiverged, h.Diverged)
+	case frameDigest:
+		err = deliver(p, parseDigest, h.Digest)
 	case frameError:
 		if len(p) < 1 {
 			err = ErrMalformed

@@ -44,6 +44,7 @@ func TestLockstep(t *testing.T) {
 		t.Errorf("there was hardly any load: %+v", primary)
 	}
 	follow(t, b, vm, hosta, hostb)
+	registersCompared(t, b, vm, hosta, hostb)
 	sameConsoles(t, vm, hosta, hostb)
 	sameDisks(t, vm, hosta, hostb)
 
@@ -71,6 +72,19 @@ func follow(t *testing.T, b *scenario.Bed, vm *scenario.VM, primary, backup *lab
 		func(s client.Status) (bool, error) { return s.Position >= p.Position, nil })
 	must(t, err)
 	t.Logf("position %d on the primary, %d on the backup", p.Position, s.Position)
+}
+
+// registersCompared demands that the registers were compared again and again
+// while the pair ran, as both hosts tell.
+func registersCompared(t *testing.T, b *scenario.Bed, vm *scenario.VM, hosts ...*lab.Host) {
+	t.Helper()
+	for _, h := range hosts {
+		s, err := b.Agent(h).StatusOf(t.Context(), vm.Name)
+		must(t, err)
+		if s.Compared < 10 {
+			t.Errorf("%s: registers were found equal %d times only", h.Name, s.Compared)
+		}
+	}
 }
 
 func sameConsoles(t *testing.T, vm *scenario.VM, primary, backup *lab.Host) {

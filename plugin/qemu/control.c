@@ -23,8 +23,8 @@
 #define MS INT64_C(1000000)
 
 enum frame {
-    HELLO = 1, LOG, STATE, CONSUMED, STATS, DIVERGED, ERROR,
-    WELCOME = 64, ARM, DISARM, ACK, FEED, PROMOTE, OPEN, IDLE, CONFIG, PACE,
+    HELLO = 1, LOG, STATE, CONSUMED, STATS, DIVERGED, ERROR, DIGEST,
+    WELCOME = 64, ARM, DISARM, ACK, FEED, PROMOTE, OPEN, IDLE, CONFIG, PACE, CHECK,
 };
 
 /* Log bytes per frame, and how long a lone byte may wait for company. */
@@ -108,6 +108,17 @@ void ft_send_state(const char *text)
     p = put(p, ft.gate_dropped, 8);
     memcpy(p, text, len);
     ft_wake_io();
+}
+
+void ft_send_digest(uint64_t pos, uint64_t icount, uint64_t hash)
+{
+    uint8_t *p = ft.connected ? frame(DIGEST, 8 * 3) : NULL;
+
+    if (p) {
+        p = put(p, pos, 8);
+        p = put(p, icount, 8);
+        put(p, hash, 8);
+    }
 }
 
 static void send_error(enum frame to, const char *text)
@@ -360,6 +371,12 @@ static const char *take(enum frame type, const uint8_t *p, size_t len)
         }
         ft.diverge_ns = get(p, 4) * MS;
         ft.tick_ns = get(p + 4, 4) * MS;
+        return NULL;
+    case CHECK:
+        if (len != 8) {
+            return "CHECK is 8 bytes";
+        }
+        ft_digest_check(get(p, 8));
         return NULL;
     case PACE:
         if (len != 2 || get(p, 2) > FT_PACE_MOST) {

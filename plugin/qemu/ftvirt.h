@@ -39,6 +39,10 @@ enum ft_mode {
 #define FT_GATE_BYTES (16u << 20)
 /* Thousandths of its time that a vCPU may be made to pause. */
 #define FT_PACE_MOST 900
+/* What is compared of the vCPU: 16 general registers, RIP, eflags, CR0 to 4. */
+#define FT_REGISTERS 23
+/* Positions that a backup may be asked to look at ahead of what it consumed. */
+#define FT_CHECKS 64
 /* A frame from the agent may not be longer than this. */
 #define FT_FRAME_MAX (1u << 20)
 
@@ -103,6 +107,8 @@ struct ft_state {
     int64_t diverge_ns;      /* replay: no progress for so long = diverged */
     bool diverged;
     int64_t tick_ns;         /* record: log at least this often */
+    uint64_t check[FT_CHECKS]; /* replay: where the registers are looked at */
+    unsigned checks;
 
     struct ft_packet *gate_head, **gate_tail;
     unsigned gate_count;
@@ -147,6 +153,16 @@ void ft_gate_release(void);
 
 /* pause.c: the guest's PAUSE instruction. */
 bool ft_pause_init(const char **why);
+size_t ft_eflags_at(void); /* in CPUX86State */
+size_t ft_hflags_at(void);
+
+/* digest.c: registers of both sides at the same event. */
+bool ft_digest_init(const char **why);
+void ft_digest_find_vcpu(uint8_t *cpu);
+bool ft_registers(uint64_t out[FT_REGISTERS]);
+void ft_digest_logged(const uint8_t *buf, size_t size, int64_t now);
+void ft_digest_check(uint64_t pos);
+void ft_digest_consumed(void);
 
 /* power.c: the power button. */
 void ft_power_init(void);
@@ -159,5 +175,6 @@ bool ft_control_init(void);
 bool ft_thread(void *(*f)(void *), const char *name);
 void ft_wake_io(void);
 void ft_send_state(const char *text);
+void ft_send_digest(uint64_t pos, uint64_t icount, uint64_t hash);
 
 #endif

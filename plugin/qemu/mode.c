@@ -256,6 +256,7 @@ static void stopped(int state)
 static void first_start(void)
 {
     mark_chardevs();
+    ft_digest_find_vcpu(first_cpu());
     if (ft.backup) {
         return;
     }

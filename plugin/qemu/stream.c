@@ -135,6 +135,9 @@ static ssize_t record_write(void *cookie, const char *buf, size_t size)
         if (ft.sent == ft.ring.head) {
             ft_wake_io();
         }
+        if (ft_in_vcpu) {
+            ft_digest_logged((const uint8_t *)buf, size, ft_now_ns());
+        }
         ft_ring_put((const uint8_t *)buf + size - left, n);
         left -= n;
     }
@@ -210,6 +213,9 @@ static ssize_t replay_read(void *cookie, char *buf, size_t size)
         pthread_mutex_unlock(&ft.lock);
         *buf = PLACEHOLDER_KIND;
         return 1;
+    }
+    if (kind) {
+        ft_digest_consumed();
     }
     while (ft.ring.head == ft.ring.tail && !ft.promote) {
         ft.starving = true;

@@ -8,6 +8,7 @@
 #define FTVIRT_SYMBOLS_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <sys/types.h>
@@ -102,6 +103,9 @@ enum { Q_MAIN_LOOP_POLL_OK = 2 };
     X(void, cpu_loop_exit_noexc, (void *), "ends a translation block") \
     X(void, helper_write_eflags, (void *, uint64_t, uint32_t), "tells where the flags are") \
     X(void, cpu_sync_bndcs_hflags, (void *), "tells where the hidden flags are") \
+    X(void, helper_sysexit, (void *, int), "tells where registers are") \
+    X(void, cpu_x86_update_cr3, (void *, uint64_t), "tells where the control registers are") \
+    X(int, x86_cpu_gdb_write_register, (void *cpu, uint8_t *value, int n), "tells where the state of the vCPU begins") \
     X(int, qemu_reset_requested_get, (void), "whether the guest asked for the reset that is due on the backup") \
     X(void, qemu_system_reset_request, (int), "asks for it where an operator did on the primary") \
     X(void, replay_mutex_lock, (void), "held by the main loop in record and replay") \

@@ -65,6 +65,7 @@ type Status struct {
 	OutputQueue    uint64          `json:"output_queue" yaml:"output_queue"`
 	OutputDropped  uint64          `json:"output_dropped" yaml:"output_dropped"`
 	Instructions   uint64          `json:"instructions" yaml:"instructions"`
+	Compared       uint64          `json:"compared" yaml:"compared"`
 
 	ClonePhase       string  `json:"clone_phase,omitempty" yaml:"clone_phase,omitempty"`
 	CloneTransferred int64   `json:"clone_transferred,omitempty" yaml:"clone_transferred,omitempty"`
