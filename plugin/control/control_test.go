@@ -175,6 +175,8 @@ func TestCommands(t *testing.T) {
 		{"idle", s.Idle, frame(frameIdle)},
 		{"configure", func() error { return s.Configure(3*time.Second, 50*time.Millisecond) }, frame(frameConfig, 0, 0, 0x0b, 0xb8, 0, 0, 0, 50)},
 		{"check", func() error { return s.Check(258) }, frame(frameCheck, 0, 0, 0, 0, 0, 0, 1, 2)},
+		{"hold", func() error { return s.Hold(2 * time.Second) }, frame(frameHold, 0, 0, 7, 0xd0)},
+		{"look", func() error { return s.Look(9, 4096) }, frame(frameLook, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0x10, 0)},
 		{"pace", func() error { return s.Pace(0.3) }, frame(framePace, 1, 44)},
 		{"pace too much", func() error { return s.Pace(2) }, frame(framePace, 3, 132)},
 	} {
@@ -250,6 +252,8 @@ func FuzzReports(f *testing.F) {
 	f.Add(byte(frameStats), make([]byte, 72))
 	f.Add(byte(frameDiverged), make([]byte, 24))
 	f.Add(byte(frameDigest), make([]byte, 24))
+	f.Add(byte(frameMemory), append(append(make([]byte, 24), 1, 'm'), make([]byte, HashSize)...))
+	f.Add(byte(frameLooked), make([]byte, 24+1+8*23))
 	f.Add(byte(frameError), []byte{1})
 	f.Add(byte(0xff), []byte{})
 	f.Fuzz(func(t *testing.T, kind byte, payload []byte) {
@@ -302,5 +306,25 @@ func TestStrangersLeaveNothing(t *testing.T) {
 	}
 	if after := open(); after > before+10 {
 		t.Errorf("%d file descriptors before, %d after", before, after)
+	}
+}
+
+func TestLookReports(t *testing.T) {
+	payload := []byte{0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 6}
+	payload = append(append(payload, "pc.ram"...), bytes.Repeat([]byte{7}, HashSize)...)
+	m, err := parseMemory(payload)
+	if err != nil || m.ID != 9 || m.Size != 0x2000 || m.Offset != 0x1000 || m.Name != "pc.ram" || len(m.Hashes) != HashSize {
+		t.Errorf("%+v, %v", m, err)
+	}
+	for _, cut := range []int{1, HashSize + 1, len(payload) - 20} {
+		if _, err := parseMemory(payload[:len(payload)-cut]); !errors.Is(err, ErrMalformed) {
+			t.Errorf("cut by %d bytes: %v", cut, err)
+		}
+	}
+	looked := make([]byte, 24+1+8*23)
+	looked[7], looked[24], looked[len(looked)-1] = 9, 6, 5
+	l, err := parseLooked(looked)
+	if err != nil || l.ID != 9 || l.Running || !l.Busy || !l.Moved || l.Registers[22] != 5 {
+		t.Errorf("%+v, %v", l, err)
 	}
 }

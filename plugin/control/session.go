@@ -44,6 +44,8 @@ type Handler struct {
 	Stats    func(Stats)
 	Diverged func(Diverged)
 	Digest   func(Digest)
+	Memory   func(Memory)
+	Looked   func(Looked)
 	Refused  func(error) // wraps ErrPlugin
 }
 
@@ -176,6 +178,23 @@ func (s *Session) Pace(part float64) error {
 // consumed. It has to be sent before the log that leads there is fed.
 func (s *Session) Check(pos plugin.Position) error { return s.send(frameCheck, uint64(pos)) }
 
+// Hold makes a recording VM stand still for at most limit, from when it has no
+// disk request in flight; its State says [Held] then. 0 lets it go on.
+func (s *Session) Hold(limit time.Duration) error {
+	return s.sendBytes(frameHold, binary.BigEndian.AppendUint32(nil, uint32(limit.Milliseconds())))
+}
+
+// Held is the text of the State of a VM that stands still by Hold.
+const Held = "held"
+
+// Look asks for hashes of memory, in chunks, and for the registers of where the
+// VM stands: Memory again and again, then Looked. Images on disk are complete
+// then. A Look ends the answer to the one before; that with the id 0 does
+// nothing else.
+func (s *Session) Look(id uint64, chunk uint32) error {
+	return s.sendBytes(frameLook, binary.BigEndian.AppendUint32(nil, chunk), id)
+}
+
 // Run reads what the plugin says until the connection ends or ctx does. It
 // returns io.EOF when the plugin went away, as it does when QEMU ends.
 func (s *Session) Run(ctx context.Context, h Handler) error {
@@ -218,6 +237,10 @@ func (h *Handler) dispatch(t frameType, p []byte) error {
 		err = deliver(p, parseDiverged, h.Diverged)
 	case frameDigest:
 		err = deliver(p, parseDigest, h.Digest)
+	case frameMemory:
+		err = deliver(p, parseMemory, h.Memory)
+	case frameLooked:
+		err = deliver(p, parseLooked, h.Looked)
 	case frameError:
 		if len(p) < 1 {
 			err = ErrMalformed

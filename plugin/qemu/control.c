@@ -23,8 +23,8 @@
 #define MS INT64_C(1000000)
 
 enum frame {
-    HELLO = 1, LOG, STATE, CONSUMED, STATS, DIVERGED, ERROR, DIGEST,
-    WELCOME = 64, ARM, DISARM, ACK, FEED, PROMOTE, OPEN, IDLE, CONFIG, PACE, CHECK,
+    HELLO = 1, LOG, STATE, CONSUMED, STATS, DIVERGED, ERROR, DIGEST, MEMORY, LOOKED,
+    WELCOME = 64, ARM, DISARM, ACK, FEED, PROMOTE, OPEN, IDLE, CONFIG, PACE, CHECK, HOLD, LOOK,
 };
 
 /* Log bytes per frame, and how long a lone byte may wait for company. */
@@ -119,6 +119,56 @@ void ft_send_digest(uint64_t pos, uint64_t icount, uint64_t hash)
         p = put(p, icount, 8);
         put(p, hash, 8);
     }
+}
+
+/* Waits for room; false if the agent does not wait for it any more. */
+bool ft_send_memory(uint64_t id, const char *name, uint64_t size, uint64_t from,
+                    const uint8_t *hashes, size_t len)
+{
+    size_t name_len = strlen(name);
+    uint8_t *p = NULL;
+    bool waited_for;
+
+    pthread_mutex_lock(&ft.lock);
+    while ((waited_for = ft.connected && ft.look == id) &&
+           !(p = frame(MEMORY, 8 * 3 + 1 + name_len + len))) {
+        pthread_cond_wait(&ft.room, &ft.lock);
+    }
+    if (waited_for) {
+        p = put(p, id, 8);
+        p = put(p, size, 8);
+        p = put(p, from, 8);
+        p = put(p, name_len, 1);
+        memcpy(p, name, name_len);
+        memcpy(p + name_len, hashes, len);
+    }
+    pthread_mutex_unlock(&ft.lock);
+    ft_wake_io();
+    return waited_for;
+}
+
+/* The lock is held. */
+void ft_send_looked(uint64_t id, uint64_t icount, unsigned flags,
+                    const uint64_t registers[FT_REGISTERS])
+{
+    uint8_t *p = NULL;
+
+    while (ft.connected && ft.look == id &&
+           !(p = frame(LOOKED, 8 * 3 + 1 + 8 * FT_REGISTERS))) {
+        pthread_cond_wait(&ft.room, &ft.lock);
+    }
+    if (!p) {
+        return;
+    }
+    p = put(p, id, 8);
+    p = put(p, ft.mode == FT_REPLAY ? ft.ring.tail : ft.ring.head, 8);
+    p = put(p, icount, 8);
+    p = put(p, flags, 1);
+    for (int i = 0; i < FT_REGISTERS; i++) {
+        p = put(p, registers[i], 8);
+    }
+    ft.look = 0;
+    ft_wake_io();
 }
 
 static void send_error(enum frame to, const char *text)
@@ -230,7 +280,7 @@ static void watch_divergence(int64_t now)
     uint8_t *p;
 
     if (icount != ft.progress_icount || !ft.running || !ft.loaded ||
-        ft.starving || ft.ring.head == ft.ring.tail) {
+        ft.starving || ft.yielded || ft.ring.head == ft.ring.tail) {
         ft.progress_icount = icount;
         ft.progress_ns = now;
         return;
@@ -353,6 +403,8 @@ static const char *take(enum frame type, const uint8_t *p, size_t len)
             return NULL;
         }
         ft.promote = true;
+        ft.look = 0; /* what looks at this VM has to stop now */
+        ft_replay_return();
         pthread_cond_broadcast(&ft.data);
         return NULL;
     case OPEN:
@@ -378,6 +430,32 @@ static const char *take(enum frame type, const uint8_t *p, size_t len)
         }
         ft_digest_check(get(p, 8));
         return NULL;
+    case HOLD:
+        if (len != 4) {
+            return "HOLD is 4 bytes";
+        }
+        if (get(p, 4) && ft.mode != FT_RECORD) {
+            send_error(type, "only a primary is held");
+            return NULL;
+        }
+        ft.hold = get(p, 4) != 0;
+        ft.hold_until_ns = ft_now_ns() + (int64_t)get(p, 4) * MS;
+        return NULL;
+    case LOOK:
+        if (len != 12 || get(p + 8, 4) < FT_LOOK_CHUNK_MIN) {
+            return "LOOK is 12 bytes, for chunks of 4 KiB at least";
+        }
+        ft.look = get(p, 8);
+        pthread_cond_broadcast(&ft.room);
+        if (!ft.look) {
+            ft_replay_return();
+            return NULL;
+        }
+        if (ft.mode == FT_REPLAY) {
+            ft_replay_yield();
+        }
+        ft_look(ft.look, get(p + 8, 4));
+        return NULL;
     case PACE:
         if (len != 2 || get(p, 2) > FT_PACE_MOST) {
             return "PACE is 2 bytes, at most 900";
@@ -399,6 +477,9 @@ static void disconnect(const char *why)
     io.fd = -1;
     io.in_len = io.out_len = 0;
     ft.connected = false;
+    ft.look = 0;
+    ft_replay_return();
+    pthread_cond_broadcast(&ft.room);
     if (ft.ended) {
         pthread_cond_broadcast(&ft.space);
     }
@@ -494,6 +575,9 @@ static int housekeeping(void)
         }
         wait = 10;
     }
+    if (ft_hold_due(now)) {
+        wait = 2;
+    }
     pthread_mutex_unlock(&ft.lock);
     if (tick && running) {
         q.qemu_notify_event();
@@ -519,6 +603,7 @@ static bool transmit(void)
     if (n > 0) {
         memmove(io.out, io.out + n, io.out_len - n);
         io.out_len -= n;
+        pthread_cond_broadcast(&ft.room);
     }
     pthread_mutex_unlock(&ft.lock);
     if (n < 0 && errno != EAGAIN && errno != EINTR) {

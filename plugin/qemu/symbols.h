@@ -106,6 +106,13 @@ enum { Q_MAIN_LOOP_POLL_OK = 2 };
     X(void, helper_sysexit, (void *, int), "tells where registers are") \
     X(void, cpu_x86_update_cr3, (void *, uint64_t), "tells where the control registers are") \
     X(int, x86_cpu_gdb_write_register, (void *cpu, uint8_t *value, int n), "tells where the state of the vCPU begins") \
+    X(int, bdrv_flush, (void *bs), "images are complete before they are compared") \
+    X(const char *, bdrv_get_format_name, (void *bs), "which nodes wait for the log") \
+    X(int, qemu_ram_foreach_block, (int (*f)(void *, void *), void *opaque), "memory, to compare it") \
+    X(const char *, qemu_ram_get_idstr, (void *block), "its name") \
+    X(void *, qemu_ram_get_host_addr, (void *block), "where it is") \
+    X(uint64_t, qemu_ram_get_used_length, (void *block), "how much it is") \
+    X(int, qcrypto_hash_bytes, (int algorithm, const void *buf, size_t len, uint8_t **result, size_t *size, void **errp), "SHA-256 of it") \
     X(int, qemu_reset_requested_get, (void), "whether the guest asked for the reset that is due on the backup") \
     X(void, qemu_system_reset_request, (int), "asks for it where an operator did on the primary") \
     X(void, replay_mutex_lock, (void), "held by the main loop in record and replay") \

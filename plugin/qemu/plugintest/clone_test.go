@@ -63,6 +63,8 @@ type machine struct {
 	stats    control.Stats
 	diverged *control.Diverged
 	digests  map[plugin.Position]control.Digest
+	memory   map[string]string // hashes by name and place
+	looked   control.Looked
 	refused  int // commands
 	changed  chan struct{}
 }
@@ -239,7 +241,7 @@ func (b *bed) start(ctx context.Context, name, role string, extra ...string) (*m
 		"-qmp", "unix:" + dir + "/qmp.sock,server=on,wait=off",
 	}
 	args = append(args, extra...)
-	m := &machine{t: b.t, dir: dir, done: make(chan struct{}), changed: make(chan struct{}), digests: map[plugin.Position]control.Digest{}}
+	m := &machine{t: b.t, dir: dir, done: make(chan struct{}), changed: make(chan struct{}), digests: map[plugin.Position]control.Digest{}, memory: map[string]string{}}
 	stderr, err := os.Create(filepath.Join(dir, "stderr"))
 	if err != nil {
 		return nil, err
@@ -302,6 +304,10 @@ func (m *machine) handler() control.Handler {
 				m.onDigest(d)
 			}
 		},
+		Memory: func(c control.Memory) {
+			m.update(func() { m.memory[fmt.Sprintf("%s+%#x", c.Name, c.Offset)] = string(c.Hashes) })
+		},
+		Looked: func(l control.Looked) { m.update(func() { m.looked = l }) },
 		Refused: func(err error) {
 			m.log("%v", err)
 			m.update(func() { m.refused++ })

@@ -314,7 +314,7 @@ func (p *pair) compare(ctx context.Context, t *testing.T) {
 	if got := b.read(t, b.cpu(t)+uint64(offset), 8*registers); !bytes.Equal(got, want) {
 		t.Errorf("registers: primary %x, backup %x", want, got)
 	}
-	diskA, diskB := sum(t, p.a, "disk.raw"), sum(t, p.b, "disk.raw")
+	diskA, diskB := sum(t, p.a), sum(t, p.b)
 	if diskA != diskB {
 		t.Error("the disks differ")
 	}
@@ -368,7 +368,7 @@ func read(t *testing.T, m *machine, name string) []byte {
 	return b
 }
 
-func sum(t *testing.T, m *machine, name string) [sha256.Size]byte {
+func sum(t *testing.T, m *machine) [sha256.Size]byte {
 	t.Helper()
-	return sha256.Sum256(read(t, m, name))
+	return sha256.Sum256(read(t, m, "disk.raw"))
 }
