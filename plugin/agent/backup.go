@@ -4,6 +4,7 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -39,7 +40,9 @@ type backup struct {
 	rate    meter
 	fed     chan struct{} // closed and renewed when the plugin consumed
 
-	comparison comparison // of the registers with the primary's
+	looked     *side           // of the last verification
+	verdict    json.RawMessage // of one that found a difference
+	comparison comparison      // of the registers with the primary's
 
 	reached   plugin.Position // the newest position known to be consumed
 	lag, peak time.Duration   // of the last period, and of this one so far
@@ -166,6 +169,9 @@ func (b *backup) open(ctx context.Context, in *channel.Incoming, end plugin.Posi
 			return nil, b.receiver.Finish(ctx, r.Epoch)
 		}),
 		migrate.MethodDiscard: handler(b.discardRequest),
+		methodLook:            handler(b.look),
+		methodHashes:          handler(b.hashes),
+		methodDiffers:         handler(b.differs),
 	})
 	if err != nil {
 		return

@@ -45,8 +45,9 @@ type domain struct {
 
 	adoptions int // of what an earlier agent left, under way
 
-	enabling sync.Mutex    // held while a clone is being begun
-	kicked   chan struct{} // wakes keep
+	verifying sync.Mutex    // held while both sides are compared
+	enabling  sync.Mutex    // held while a clone is being begun
+	kicked    chan struct{} // wakes keep
 }
 
 func newDomain(a *Agent, id plugin.UUID) *domain {

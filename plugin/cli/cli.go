@@ -25,7 +25,8 @@ Exit codes:
    1  it failed; standard error says what, why, and what to do
    2  wrong arguments
    3  'ftvirt check' found problems
-   4  the agent could not be reached`
+   4  the agent could not be reached
+   5  'ftvirt verify' found a difference`
 
 // App returns the whole command. Run runs it as a program.
 func App() *cli.App {
@@ -36,7 +37,7 @@ func App() *cli.App {
 		HideVersion: true,
 		Commands: []*cli.Command{
 			enableCommand(), disableCommand(), suspendCommand(), resumeCommand(), failoverCommand(),
-			restartBackupCommand(), migrateBackupCommand(), statusCommand(), listCommand(), checkCommand(), eventsCommand(), diagnoseCommand(),
+			restartBackupCommand(), migrateBackupCommand(), statusCommand(), listCommand(), checkCommand(), eventsCommand(), verifyCommand(), diagnoseCommand(),
 			xmlCommand(), virshCommand(), logCommand(), arbiterCommand(), witnessCommand(), pkiCommand(), configCommand(), agentCommand(), labcli.Command(),
 		},
 		Action: unknownCommand,

@@ -121,8 +121,13 @@ func sameDisks(t *testing.T, vm *scenario.VM, primary, backup *lab.Host) {
 		must(t, err)
 	}
 	// The position covers the order to write, not yet its completion here, and
-	// what the primary told of its own may be older than the end of the load.
+	// what the primary told of its own may be older than the end of the load. And
+	// a cluster that one image had already, but for the other is new, is on disk
+	// in the first only, until QEMU writes its tables: verify makes both do so.
 	err := eventually(t.Context(), 30*time.Second, func() error {
+		if out, err := verify(t, primary, vm); err != nil {
+			return fmt.Errorf("verify: %w: %s", err, out)
+		}
 		out, err := exec.CommandContext(t.Context(), "qemu-img", "compare", "-U", paths[0], paths[1]).CombinedOutput()
 		if err != nil {
 			return fmt.Errorf("disks: %w: %s", err, out)

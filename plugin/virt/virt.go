@@ -459,6 +459,14 @@ func (c *Conn) Hypervisor(ctx context.Context) (string, error) {
 	})
 }
 
+// Memory is how much memory a running domain has, in bytes.
+func (c *Conn) Memory(ctx context.Context, id plugin.UUID) (int64, error) {
+	return withDomain(ctx, c, id, "memory of "+id.String(), func(d *libvirt.Domain) (int64, error) {
+		kib, err := d.GetMaxMemory()
+		return int64(kib) << 10, err
+	})
+}
+
 // Snapshots counts the snapshots of a domain.
 func (c *Conn) Snapshots(ctx context.Context, id plugin.UUID) (int, error) {
 	return withDomain(ctx, c, id, "snapshots of "+id.String(), func(d *libvirt.Domain) (int, error) {

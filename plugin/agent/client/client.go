@@ -292,6 +292,78 @@ func (c *Client) Diagnose(ctx context.Context, domain string, w io.Writer) error
 	return nil
 }
 
+// VerifyPlan tells what Verify would read, in bytes.
+type VerifyPlan struct {
+	Domain string `json:"domain"`
+	Peer   string `json:"peer"`
+	Memory int64  `json:"memory"`
+	Disks  int64  `json:"disks"`
+}
+
+// Verification is what a comparison of both sides found. See the agent's
+// Verification for what each field means.
+type Verification struct {
+	Domain       string          `json:"domain"`
+	UUID         plugin.UUID     `json:"uuid"`
+	Epoch        plugin.Epoch    `json:"epoch"`
+	Primary      string          `json:"primary"`
+	Backup       string          `json:"backup"`
+	Position     plugin.Position `json:"position"`
+	Instructions uint64          `json:"instructions"`
+	Pause        float64         `json:"pause_ms"`
+	Equal        bool            `json:"equal"`
+	Discarded    bool            `json:"discarded"`
+	Parts        []VerifyPart    `json:"parts"`
+}
+
+// VerifyPart is the comparison of one block of memory, one disk, or the
+// registers.
+type VerifyPart struct {
+	Kind      string        `json:"kind"`
+	Name      string        `json:"name"`
+	Size      int64         `json:"size"`
+	Equal     bool          `json:"equal"`
+	Different int64         `json:"different,omitempty"`
+	Ranges    []VerifyRange `json:"ranges,omitempty"`
+	Detail    []string      `json:"detail,omitempty"`
+}
+
+// VerifyRange is where a part differs, in bytes.
+type VerifyRange struct {
+	Start  int64 `json:"start"`
+	Length int64 `json:"length"`
+}
+
+// VerifyPlan tells what Verify would read.
+func (c *Client) VerifyPlan(ctx context.Context, domain string) (VerifyPlan, error) {
+	return get[VerifyPlan](ctx, c, "/v1/verify/"+url.PathEscape(domain))
+}
+
+// Verify compares both sides of a domain that runs on the host. It stands still
+// for at most limit. A backup that differs is discarded unless keep is set.
+func (c *Client) Verify(ctx context.Context, domain string, limit time.Duration, keep bool) (Verification, error) {
+	ctx, cancel := context.WithTimeout(ctx, limit+requestTimeout)
+	defer cancel()
+	var out Verification
+	text, err := json.Marshal(struct {
+		Domain string `json:"domain"`
+		Limit  int64  `json:"limit_ms"`
+		Keep   bool   `json:"keep"`
+	}{domain, limit.Milliseconds(), keep})
+	if err != nil {
+		return out, err
+	}
+	body, err := c.do(ctx, http.MethodPost, "/v1/verify", text)
+	if err != nil {
+		return out, err
+	}
+	defer func() { _ = body.Close() }()
+	if err := json.NewDecoder(io.LimitReader(body, maxReply)).Decode(&out); err != nil {
+		return out, c.noAnswer(ctx, fmt.Errorf("its answer: %w", err))
+	}
+	return out, nil
+}
+
 // Events calls f with the events that the agent keeps, oldest first, and with
 // those to come if follow is set, until ctx ends or f fails. An agent that ends
 // while it is followed is a *NoAnswerError.
