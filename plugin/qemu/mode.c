@@ -217,8 +217,12 @@ static void finish_queued(int state)
 
     if (resumable) {
         q.runstate_set(Q_RUN_STATE_RUNNING);
+        /* Events, and the end of the guest's idle time: the timer of that would
+         * go on logging, and at its end do nothing here, but not there. */
+        q.icount_account_warp_timer();
+    } else {
+        q.replay_async_events();
     }
-    q.replay_async_events();
     /* The backup lets an event happen when it has seen the next one. */
     log_nothing();
     if (resumable) {

@@ -161,15 +161,18 @@ func TestPause(t *testing.T) {
 	p := boot(ctx, t)
 	p.begin()
 	p.clone(ctx, t)
+	load, stop := context.WithCancel(ctx)
+	defer stop()
 	for range 4 {
-		go p.echo(ctx)
+		go p.echo(load)
 	}
 	defer func() {
 		if t.Failed() {
 			p.keep(0)
 		}
 	}()
-	for range *pauses {
+	c := guest.Client{Dial: dial(p.ports), Address: netip.MustParseAddr("10.0.2.15")}
+	for i := range *pauses {
 		p.run(t, rand.N(300*time.Millisecond))
 		if err := p.a.Monitor(ctx, plugin.UUID{}, "stop", nil, nil); err != nil {
 			t.Fatal(err)
@@ -178,10 +181,18 @@ func TestPause(t *testing.T) {
 		if err := p.a.Monitor(ctx, plugin.UUID{}, "cont", nil, nil); err != nil {
 			t.Fatal(err)
 		}
+		if i == *pauses/2 {
+			// The rest while it is nearly idle.
+			p.run(t, 2*time.Second)
+			p.follow(t)
+			stop()
+			if _, err := c.Quiesce(ctx); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
 	p.run(t, 2*time.Second)
 	p.follow(t)
-	c := guest.Client{Dial: dial(p.ports), Address: netip.MustParseAddr("10.0.2.15")}
 	if _, err := c.Quiesce(ctx); err != nil {
 		t.Fatal(err)
 	}
