@@ -6,9 +6,12 @@
 # make demo    protect a guest and kill its primary; KEEP=1 leaves the lab up (root)
 # make docs    manual pages and shell completions, into build/docs
 # make deb     Debian packages, into build/deb
-# make lint    formatting, vet, linters, C warnings
+# make lint    formatting, vet, linters, C warnings and static analysis
+# make fuzz TIME=10m   fuzz each decoder for that long
+# make vuln    known vulnerabilities of what is used; needs the internet
 # make clean   remove bin/ and build/
 #
+# make test-security    attack a protected guest (root); part of make test
 # make soak-failover N=20    kill the primary again and again (root)
 # make soak-clone N=200      make and discard backups again and again (root)
 # make soak-plugin N=100     clone, pause and reset again and again, without libvirt
@@ -40,6 +43,8 @@ NFPM_VERSION = v2.45.0
 NFPM = build/tools/nfpm-$(NFPM_VERSION)
 VERSION = 0.1.0
 PACKAGES = ftvirt ftvirt-agent ftvirt-qemu-plugin
+GOVULNCHECK_VERSION = v1.1.4
+GOVULNCHECK = build/tools/govulncheck-$(GOVULNCHECK_VERSION)
 
 # Packages whose tests run real guests take turns; the others run at once and
 # with the race detector.
@@ -48,7 +53,7 @@ list_tests = $(GO) list -tags $(TAGS) -f '{{.ImportPath}} {{join .TestImports " 
 UNIT = $$($(list_tests) | grep -Ev ' $(REAL)( |$$)' | cut -d' ' -f1)
 LAB = $$($(list_tests) | grep -E ' $(REAL)( |$$)' | cut -d' ' -f1)
 
-.PHONY: all deps build test unit-test lab-test demo soak-failover soak-clone soak-plugin soak-storage lint clean build/guest docs deb test-deb
+.PHONY: all deps build test unit-test lab-test test-security demo soak-failover soak-clone soak-plugin soak-storage fuzz lint vuln clean build/guest docs deb test-deb
 
 all: build
 
@@ -107,7 +112,7 @@ $(PROMTOOL): deps
 build/guest: deps
 	$(GO) run ./plugin/lab/guest/cmd/ftguest-build $@
 
-test: unit-test lab-test
+test: unit-test lab-test test-security
 
 unit-test: build | $(PROMTOOL)
 	$(GO) test -tags $(TAGS) -race -timeout 5m $(UNIT)
@@ -116,7 +121,7 @@ lab-test: build build/guest unit-test
 	$(GO) test -tags $(TAGS) -p 1 -count 1 -timeout 15m $(LAB)
 
 # They say themselves what failed, and keep the logs in build/evidence.
-demo soak-failover soak-clone: build build/guest
+demo test-security soak-failover soak-clone: build build/guest
 	$(GO) build -o build/ftvirt-scenario ./plugin/lab/cmd/ftvirt-scenario
 	@build/ftvirt-scenario $@ $(if $(filter soak-%,$@),$(if $(N),-n $(N)))
 
@@ -129,13 +134,31 @@ soak-plugin: build build/guest
 soak-storage: build build/guest
 	$(GO) test -tags $(TAGS) -v -count 1 -timeout 60m ./arbiter/storagetest -soak $(or $(N),5)
 
+# Each fuzz test in turn, since one of them takes all processors.
+TIME = 1m
+fuzz:
+	@git grep -o 'func Fuzz[A-Za-z0-9]*' -- '*_test.go' | while IFS=: read -r file name; do \
+		echo "$${name#func } in $$(dirname "$$file"), $(TIME)"; \
+		$(GO) test -tags $(TAGS) -run '^$$' -fuzz "^$${name#func }$$" -fuzztime $(TIME) -fuzzminimizetime 2s ./$$(dirname "$$file") </dev/null || exit 1; \
+	done
+
+vuln: $(GOVULNCHECK)
+	$(GOVULNCHECK) -tags $(TAGS) ./...
+
+$(GOVULNCHECK):
+	mkdir -p build/tools
+	GOBIN=$(CURDIR)/build/tools $(GO) install golang.org/x/vuln/cmd/govulncheck@$(GOVULNCHECK_VERSION)
+	mv build/tools/govulncheck $@
+
 lint: deps $(GOLANGCI)
+	@contrib/deps.sh lint
 	@unformatted=$$(gofmt -l $(GOFILES)); if [ -n "$$unformatted" ]; then echo "not formatted by gofmt:"; echo "$$unformatted"; exit 1; fi
 	@bare=$$(grep -L '^// SPDX-License-Identifier: Apache-2.0' $(GOFILES) || :); if [ -n "$$bare" ]; then echo "without SPDX line:"; echo "$$bare"; exit 1; fi
 	$(GO) mod tidy -diff
 	$(GO) vet -tags $(TAGS) ./...
 	$(GOLANGCI) run --build-tags $(TAGS) ./...
 	$(MAKE) -B -C plugin/qemu OUT=$(CURDIR)/build/lint/ftvirt.so
+	$(MAKE) -C plugin/qemu analyse
 	for file in $(CFILES); do gcc -O2 -Wall -Wextra -Werror -fsyntax-only "$$file"; done
 	for file in $(SHFILES); do sh -n "$$file"; done
 

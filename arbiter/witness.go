@@ -18,6 +18,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -68,7 +69,12 @@ type Witness struct {
 	// not be durable, so it is written again before it is relied on. It belongs
 	// to whoever has the turn.
 	dirty map[plugin.UUID]bool
+	// complained is when the log was last told of a stranger, who could fill it.
+	complained atomic.Int64
 }
+
+// complainEach is the least time between two lines about strangers.
+const complainEach = time.Minute
 
 // InitWitness makes an existing, empty directory a witness's and returns its
 // identity, which the hosts' configuration names. Repeating it changes nothing
@@ -181,7 +187,9 @@ func (w *Witness) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}
 	nonce := r.Header.Get(headerNonce)
 	if !equalMAC(r.Header.Get(headerMAC), w.key.request(w.id, nonce, r.URL.Path, body)) {
-		w.log.Warn("request with a wrong key, or for another witness", "from", r.RemoteAddr)
+		if last := w.complained.Load(); time.Since(time.Unix(0, last)) > complainEach && w.complained.CompareAndSwap(last, time.Now().UnixNano()) {
+			w.log.Warn("request with a wrong key, or for another witness", "from", r.RemoteAddr)
+		}
 		http.Error(rw, "not authenticated", http.StatusUnauthorized)
 		return
 	}

@@ -1,8 +1,9 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 #
-# Installs what building, testing and the lab need, on Debian 12 or 13. It does
-# nothing, quickly and without root, when all of it is there.
+# Installs what building, testing and the lab need, on Debian 12 or 13, and with
+# the argument "lint" what looks at the C sources. It does nothing, quickly and
+# without root, when all of it is there.
 set -eu
 
 # What ftvirt drives. Debian 12 has these in bookworm-backports in a version
@@ -16,6 +17,7 @@ base='busybox-static ca-certificates e2fsprogs gcc git hostname iproute2 libc6-d
 storage='nfs-ganesha nfs-ganesha-vfs open-iscsi rpcbind tgt'
 # What reads manual pages and completions, for their tests.
 docs='fish man-db mandoc zsh'
+[ "${1:-}" != lint ] || base="$base clang cppcheck"
 oldest_qemu=1:9.1
 
 fail() {

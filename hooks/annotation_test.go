@@ -4,6 +4,9 @@ package hooks
 
 import (
 	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -17,18 +20,22 @@ func withMetadata(raw string) *libvirtxml.Domain {
 	return &libvirtxml.Domain{Metadata: &libvirtxml.DomainMetadata{XML: raw}}
 }
 
+// validAnnotations are understood, and have the schema on their side unless
+// their attributes are in the namespace, which libvirt does not write.
+var validAnnotations = map[string]struct {
+	raw  string
+	want Annotation
+}{
+	"as documented":     {`<ft:pair` + declared + ` mode="protected" peer="hostb"/>`, Annotation{ModeProtected, "hostb", plugin.RoleNone, 0}},
+	"default namespace": {`<pair xmlns="urn:ftvirt:domain:1" mode='protected' peer='b.example.org'></pair>`, Annotation{ModeProtected, "b.example.org", plugin.RoleNone, 0}},
+	"other prefix":      {`<a/><x:pair xmlns:x="urn:ftvirt:domain:1" x:mode="protected"/>`, Annotation{ModeProtected, "", plugin.RoleNone, 0}},
+	"suspended":         {`<ft:pair` + declared + ` mode="suspended" peer="hostb"/>`, Annotation{ModeSuspended, "hostb", plugin.RoleNone, 0}},
+	"backup":            {`<ft:pair` + declared + ` mode="protected" peer="a" role="backup" epoch="18446744073709551615"/>`, Annotation{ModeProtected, "a", plugin.RoleBackup, 1<<64 - 1}},
+}
+
 func TestReadAnnotation(t *testing.T) {
 	t.Parallel()
-	for name, tc := range map[string]struct {
-		raw  string
-		want Annotation
-	}{
-		"as documented":     {`<ft:pair` + declared + ` mode="protected" peer="hostb"/>`, Annotation{ModeProtected, "hostb", plugin.RoleNone, 0}},
-		"default namespace": {`<pair xmlns="urn:ftvirt:domain:1" mode='protected' peer='b.example.org'></pair>`, Annotation{ModeProtected, "b.example.org", plugin.RoleNone, 0}},
-		"other prefix":      {`<a/><x:pair xmlns:x="urn:ftvirt:domain:1" x:mode="protected"/>`, Annotation{ModeProtected, "", plugin.RoleNone, 0}},
-		"suspended":         {`<ft:pair` + declared + ` mode="suspended" peer="hostb"/>`, Annotation{ModeSuspended, "hostb", plugin.RoleNone, 0}},
-		"backup":            {`<ft:pair` + declared + ` mode="protected" peer="a" role="backup" epoch="18446744073709551615"/>`, Annotation{ModeProtected, "a", plugin.RoleBackup, 1<<64 - 1}},
-	} {
+	for name, tc := range validAnnotations {
 		a, ok, err := ReadAnnotation(withMetadata(tc.raw))
 		if err != nil || !ok || a != tc.want {
 			t.Errorf("%s: got %+v, %v, %v", name, a, ok, err)
@@ -45,27 +52,30 @@ func TestReadAnnotation(t *testing.T) {
 	}
 }
 
+// invalidAnnotations are refused, for the attribute.
+var invalidAnnotations = map[string]string{
+	`<ft:pair` + declared + ` mode="protectd"/>`:                                             "mode",
+	`<ft:pair` + declared + ` peer="b"/>`:                                                    "mode",
+	`<ft:pair` + declared + ` mode="protected" pear="b"/>`:                                   "pear",
+	`<ft:pair` + declared + ` mode="protected" peer="a b"/>`:                                 "peer",
+	`<ft:pair` + declared + ` mode="protected" peer=""/>`:                                    "peer",
+	`<ft:pair` + declared + ` mode="protected" peer="` + strings.Repeat("b", 65) + `"/>`:     "peer",
+	`<ft:pair` + declared + ` mode="protected" role="primary"/>`:                             "role",
+	`<ft:pair` + declared + ` mode="protected" role="backup"/>`:                              "epoch",
+	`<ft:pair` + declared + ` mode="protected" epoch="3"/>`:                                  "epoch",
+	`<ft:pair` + declared + ` mode="protected" role="backup" epoch="0"/>`:                    "epoch",
+	`<ft:pair` + declared + ` mode="protected" role="backup" epoch="-1"/>`:                   "epoch",
+	`<ft:pair` + declared + ` mode="protected" mode="protected"/>`:                           "mode",
+	`<ft:pair` + declared + ` mode="protected">text</ft:pair>`:                               "",
+	`<ft:pair` + declared + ` mode="protected"><ft:x/></ft:pair>`:                            "",
+	`<ft:par` + declared + ` mode="protected"/>`:                                             "",
+	`<ft:pair mode="protected"/>`:                                                            "",
+	`<ft:pair` + declared + ` mode="protected"/><ft:pair` + declared + ` mode="protected"/>`: "",
+}
+
 func TestReadAnnotationIsStrict(t *testing.T) {
 	t.Parallel()
-	for raw, attribute := range map[string]string{
-		`<ft:pair` + declared + ` mode="protectd"/>`:                                             "mode",
-		`<ft:pair` + declared + ` peer="b"/>`:                                                    "mode",
-		`<ft:pair` + declared + ` mode="protected" pear="b"/>`:                                   "pear",
-		`<ft:pair` + declared + ` mode="protected" peer="a b"/>`:                                 "peer",
-		`<ft:pair` + declared + ` mode="protected" peer=""/>`:                                    "peer",
-		`<ft:pair` + declared + ` mode="protected" peer="` + strings.Repeat("b", 65) + `"/>`:     "peer",
-		`<ft:pair` + declared + ` mode="protected" role="primary"/>`:                             "role",
-		`<ft:pair` + declared + ` mode="protected" role="backup"/>`:                              "epoch",
-		`<ft:pair` + declared + ` mode="protected" epoch="3"/>`:                                  "epoch",
-		`<ft:pair` + declared + ` mode="protected" role="backup" epoch="0"/>`:                    "epoch",
-		`<ft:pair` + declared + ` mode="protected" role="backup" epoch="-1"/>`:                   "epoch",
-		`<ft:pair` + declared + ` mode="protected" mode="protected"/>`:                           "mode",
-		`<ft:pair` + declared + ` mode="protected">text</ft:pair>`:                               "",
-		`<ft:pair` + declared + ` mode="protected"><ft:x/></ft:pair>`:                            "",
-		`<ft:par` + declared + ` mode="protected"/>`:                                             "",
-		`<ft:pair mode="protected"/>`:                                                            "",
-		`<ft:pair` + declared + ` mode="protected"/><ft:pair` + declared + ` mode="protected"/>`: "",
-	} {
+	for raw, attribute := range invalidAnnotations {
 		_, _, err := ReadAnnotation(withMetadata(raw))
 		var e *AnnotationError
 		if !errors.As(err, &e) || !errors.Is(err, ErrAnnotation) || e.Attribute != attribute {
@@ -76,6 +86,42 @@ func TestReadAnnotationIsStrict(t *testing.T) {
 		if _, _, err := ReadAnnotation(withMetadata(raw)); !errors.Is(err, ErrMetadata) {
 			t.Errorf("%.20q: got %v", raw, err)
 		}
+	}
+}
+
+// The schema for editors and others' tools says what the parser does.
+func TestAnnotationSchema(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	valid := func(name, raw string) bool {
+		t.Helper()
+		file := filepath.Join(dir, name+".xml")
+		if err := os.WriteFile(file, []byte(raw), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		out, err := exec.CommandContext(t.Context(), "xmllint", "--noout", "--relaxng", "annotation.rng", file).CombinedOutput()
+		var exit *exec.ExitError
+		if err != nil && !errors.As(err, &exit) {
+			t.Fatalf("%v; run make deps", err)
+		}
+		if err != nil && !strings.Contains(string(out), "fails to validate") && !strings.Contains(string(out), "parser error") {
+			t.Fatalf("%s: %v: %s", raw, err, out)
+		}
+		return err == nil
+	}
+	for name, tc := range validAnnotations {
+		if name != "other prefix" && !valid(name, tc.raw) {
+			t.Errorf("%s is not valid", tc.raw)
+		}
+	}
+	for raw := range invalidAnnotations {
+		if valid("invalid", raw) {
+			t.Errorf("%s is valid", raw)
+		}
+	}
+	written := Annotation{ModeProtected, "hostb", plugin.RoleBackup, 9}
+	if !valid("written", written.String()) {
+		t.Errorf("%s is not valid", written)
 	}
 }
 

@@ -54,6 +54,9 @@ func BackupXML(live *libvirtxml.Domain, o BackupOptions) (*libvirtxml.Domain, er
 		return nil, fmt.Errorf("domain %s: %w", live.Name, err)
 	}
 	o.ICountShift = shift
+	if found := append(matching(live, func(r Rule) bool { return r.Code == "hotplug" }), attached(live)...); len(found) > 0 {
+		return nil, &NotReadyError{Domain: live.Name, Problems: found}
+	}
 
 	dom, err := Plain(live)
 	if err != nil {

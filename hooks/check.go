@@ -37,16 +37,48 @@ type CheckOptions struct {
 	Peers []string
 	// Snapshots is how many snapshots libvirt has of the domain.
 	Snapshots int
+	// Running says that dom describes a running domain, whose hardware can no
+	// longer be changed.
+	Running bool
 }
 
 // Check gives all that keeps dom from being protected, in the order of Rules.
 // An empty answer means that Transform takes it.
 func Check(dom *libvirtxml.Domain, o CheckOptions) []Problem {
-	return append(checkPair(dom, o), checkDomain(dom)...)
+	problems := append(checkPair(dom, o), checkDomain(dom)...)
+	if o.Running && transformed(dom) {
+		problems = append(problems, attached(dom)...)
+	}
+	return problems
+}
+
+// Changes gives what Transform changes for the guest, or takes from it, that an
+// operator may want to know before. A domain that has been transformed gives
+// nothing.
+func Changes(dom *libvirtxml.Domain) []Problem {
+	return matching(dom, func(r Rule) bool { return r.Support != Refused })
 }
 
 // checkDomain applies the rules, which need the XML alone.
 func checkDomain(dom *libvirtxml.Domain) []Problem {
+	return matching(dom, func(r Rule) bool { return r.Support == Refused })
+}
+
+// attached tells of devices that a running domain got since it was started:
+// Transform would take them out, which the guest would notice.
+func attached(dom *libvirtxml.Domain) []Problem {
+	problems := matching(dom, changesGuest)
+	for i := range problems {
+		problems[i].Remedy = "it was added since the start: detach it, or power the domain off and start it again"
+	}
+	return problems
+}
+
+// changesGuest tells the rows by which Transform changes the guest's hardware.
+func changesGuest(r Rule) bool { return r.Support == Removed || r.Code == "video-model" }
+
+// matching gives what the chosen rows say of a domain.
+func matching(dom *libvirtxml.Domain, chosen func(Rule) bool) []Problem {
 	if dom.Devices == nil {
 		bare := *dom // the caller's domain is not to change
 		bare.Devices = new(libvirtxml.DomainDeviceList)
@@ -54,7 +86,7 @@ func checkDomain(dom *libvirtxml.Domain) []Problem {
 	}
 	var problems []Problem
 	for _, r := range rules {
-		if r.match == nil {
+		if r.match == nil || !chosen(r) {
 			continue
 		}
 		for _, path := range r.match(dom) {

@@ -19,6 +19,8 @@ const (
 	Supported Support = iota
 	// Adapted: supported, with a change that Transform makes.
 	Adapted
+	// Removed: Transform takes it out; the guest can do without.
+	Removed
 	// Conditional: supported if the remedy's condition holds.
 	Conditional
 	// Refused: Check reports it.
@@ -26,7 +28,7 @@ const (
 )
 
 func (s Support) String() string {
-	return [...]string{"supported", "adapted", "conditional", "refused"}[s]
+	return [...]string{"supported", "adapted", "taken out", "supported if", "refused"}[s]
 }
 
 // Rule is one row of the table that says what a protected domain may have.
@@ -41,18 +43,43 @@ type Rule struct {
 	// Remedy says what to do, or what Transform does.
 	Remedy string
 
-	// match gives the places that a refused row applies to; "" is the
-	// domain itself.
+	// match gives the places that the row applies to; "" is the domain
+	// itself. Refused and removed rows have it, and those of adapted ones
+	// that an operator may want to hear of.
 	match func(*libvirtxml.Domain) []string
 }
 
-// Rules is the table, for documentation.
+// Rules is the table, for documentation; DEVICES.md is made from it.
 func Rules() []Rule { return slices.Clone(rules) }
+
+// Proof names the test that shows it; refused rows have none.
+func (r Rule) Proof() string { return proofs[r.Code] }
+
+// The tests that run what the table supports: with definitions in which all of
+// it occurs, through the real libvirt and QEMU, cloned and failed over.
+const (
+	proofQ35  = "TestDefinitions/q35"
+	proofI440 = "TestDefinitions/i440fx"
+	proofAll  = "TestDefinitions"
+	// The QEMU that tests run with has no SPICE: libvirt cannot be asked, but
+	// what such a definition becomes is compared with what it is to be.
+	proofReal = "TestReal"
+)
+
+// proofs names the test of each row that is not refused.
+var proofs = map[string]string{
+	"machine": proofAll, "cpu-default": proofAll, "rtc": proofAll, "hpet": proofAll, "firmware": proofAll, "kernel": proofAll,
+	"disk-virtio": proofAll, "disk-chain": proofQ35, "disk-readonly": proofQ35, "cdrom": proofQ35, "nic-virtio": proofAll, "nic-user": proofI440,
+	"serial": proofAll, "channel": proofQ35, "usb-controller": proofAll, "idle-controller": proofQ35, "input": proofQ35, "ps2": proofAll,
+	"usb-redirection": proofReal, "rng": proofQ35, "sound": proofI440, "balloon": proofAll, "video": proofAll, "video-model": proofAll,
+	"vnc": proofAll, "spice": proofReal, "watchdog": proofAll,
+}
 
 const (
 	notMigrated = "part of its state stays behind when the backup is cloned, so the backup would diverge"
 	notProven   = "its replay is not proven"
 	localState  = "its state lives outside of what is replayed"
+	takenOut    = "it is taken out"
 )
 
 // rules is that table. Its order is that of the problems.
@@ -95,12 +122,17 @@ var rules = []Rule{
 		})},
 	{"rtc", "real-time clock", Adapted, "on the host's clock it makes the log grow at every turn of the main loop",
 		"its timer tracks the guest's time", nil},
-	{"hpet", "HPET", Adapted, notMigrated, "it is switched off, so the guest uses another clock source", nil},
-	{"firmware", "BIOS", Supported, "", "", nil},
-	{"uefi", "UEFI with a variable store", Refused, "the variable store is not replicated yet", "use BIOS, or a stateless firmware",
+	{"hpet", "HPET", Removed, notMigrated, "it is switched off, so the guest uses another clock source",
+		onDomain(func(d *libvirtxml.Domain) bool { t := timer(d, "hpet"); return t == nil || t.Present != "no" })},
+	{"hyperv", "Hyper-V enlightenments", Refused, "only KVM has them", "remove <hyperv> from <features>, and the timer hypervclock",
 		onDomain(func(d *libvirtxml.Domain) bool {
-			return d.OS != nil && (d.OS.NVRam != nil ||
-				(d.OS.Firmware == "efi" || d.OS.Loader != nil && d.OS.Loader.Type == "pflash") && (d.OS.Loader == nil || d.OS.Loader.Stateless != "yes"))
+			return d.Features != nil && d.Features.HyperV != nil || timer(d, "hypervclock") != nil && timer(d, "hypervclock").Present != "no"
+		})},
+	{"firmware", "BIOS", Supported, "", "", nil},
+	{"uefi", "UEFI", Refused, "its variable store is not replicated", "install the guest with BIOS: virt-install writes no loader then",
+		onDomain(func(d *libvirtxml.Domain) bool {
+			return d.OS != nil && (d.OS.NVRam != nil || d.OS.Firmware == "efi" || d.OS.Loader != nil &&
+				(d.OS.Loader.Type == "pflash" || d.OS.Loader.Secure == "yes" || d.OS.Loader.Stateless == "yes"))
 		})},
 	{"kernel", "direct kernel boot", Conditional, "QEMU reads the files when it starts", "keep the same files at the same paths on both hosts", nil},
 	{"vmgenid", "VM generation ID", Refused, notMigrated, "remove <genid>", onDomain(func(d *libvirtxml.Domain) bool { return d.GenID != nil })},
@@ -117,14 +149,20 @@ var rules = []Rule{
 		onDomain(func(d *libvirtxml.Domain) bool { return d.LaunchSecurity != nil })},
 	{"qemu-arguments", "QEMU arguments of one's own that add devices or change time", Refused, "what they add is not recorded",
 		"remove them from <qemu:commandline>, or use libvirt's elements", foreignArguments},
+	{"hotplug", "disks and network cards that were attached or detached while the domain ran", Refused, "QEMU records what was there at the start",
+		"power the domain off and start it again", hotplugged},
 
 	// Disks.
 	{"disk-virtio", "virtio-blk disk, raw or qcow2, in local files", Adapted, "its completions must be recorded",
 		"a blkreplay node is put on top of its image; event_idx and ioeventfd are switched off", nil},
-	{"disk-bus", "SATA, IDE, SCSI, USB and other disk buses", Refused, notMigrated, "use <target bus='virtio'/>",
+	{"disk-chain", "disk with backing images", Supported, "", "", nil},
+	{"disk-readonly", "read-only disk", Conditional, "it is not replicated, since nothing can be written to a replica", "keep the same image at the same path on both hosts", nil},
+	{"disk-bus", "SATA, IDE, SCSI, USB and other disk buses", Refused, notMigrated, "write <target dev='vda' bus='virtio'/>, and remove its <address>; the guest must have the driver",
 		onDisks(func(d *libvirtxml.DomainDisk) bool { return diskDevice(d) == "disk" && diskBus(d) != "virtio" })},
-	{"cdrom", "CD-ROM drive", Refused, "it sits on a controller of which " + notMigrated, "remove the drive, or give its image as a read-only virtio disk",
-		onDisks(func(d *libvirtxml.DomainDisk) bool { return diskDevice(d) == "cdrom" })},
+	{"cdrom", "CD-ROM drive without a medium", Removed, "part of its controller's state stays behind when the backup is cloned", takenOut, onDisks(emptyDrive)},
+	{"cdrom-medium", "CD-ROM drive with a medium", Refused, "part of its controller's state stays behind when the backup is cloned",
+		"eject it: virsh change-media DOMAIN TARGET --eject --config; or give the image as a read-only virtio disk",
+		onDisks(func(d *libvirtxml.DomainDisk) bool { return diskDevice(d) == "cdrom" && !emptyDrive(d) })},
 	{"floppy", "floppy drive", Refused, notProven, "remove it",
 		onDisks(func(d *libvirtxml.DomainDisk) bool { return diskDevice(d) == "floppy" })},
 	{"disk-lun", "SCSI pass-through", Refused, "the device answers unrecorded", "use device='disk'",
@@ -166,6 +204,7 @@ var rules = []Rule{
 	// Network.
 	{"nic-virtio", "virtio network card on a network, bridge, tap device or user networking", Adapted, "packets must be recorded, and outgoing ones held back",
 		"a filter-replay object is added; vhost, event_idx and ioeventfd are switched off", nil},
+	{"nic-user", "user networking by QEMU itself", Supported, "", "", nil},
 	{"nic-model", "other network card models", Refused, notProven, "write <model type='virtio'/>",
 		onNICs(func(n *libvirtxml.DomainInterface) bool { return n.Model == nil || n.Model.Type != "virtio" })},
 	{"nic-backend", "vhost-user, vDPA, macvtap, pass-through and socket networking", Refused, "packets bypass QEMU, or their replay is not proven",
@@ -200,67 +239,78 @@ var rules = []Rule{
 		return bad
 	}},
 	{"parallel", "parallel port", Refused, notProven, "remove it", func(d *libvirtxml.Domain) []string { return each("parallel", devices(d).Parallels) }},
-	{"channel", "virtio-serial channel, guest agent", Refused, notMigrated, "remove <channel>, and stop the guest's agent", func(d *libvirtxml.Domain) []string {
-		return each("channel", devices(d).Channels)
-	}},
-	{"controller", "virtio-serial, SCSI and other controllers that devices bring", Refused, notMigrated, "remove the controller and what is attached to it",
+	{"channel", "channel of the guest agent, and those of SPICE", Removed, notMigrated, takenOut + "; the guest's agent then has nobody to talk to",
+		onEach("channel", func(d *libvirtxml.DomainDeviceList) []libvirtxml.DomainChannel { return d.Channels }, looseChannel)},
+	{"channel-other", "other channels", Refused, notMigrated, "remove <channel>",
+		onEach("channel", func(d *libvirtxml.DomainDeviceList) []libvirtxml.DomainChannel { return d.Channels }, not(looseChannel))},
+	{"usb-controller", "USB controllers", Removed, "their timers are not those of the primary", takenOut,
+		onEach("USB controller", func(d *libvirtxml.DomainDeviceList) []libvirtxml.DomainController { return d.Controllers },
+			func(c *libvirtxml.DomainController) bool { return c.Type == "usb" && looseController(c) })},
+	{"idle-controller", "virtio-serial and SCSI controllers to which nothing is attached", Removed, notMigrated, takenOut,
+		onEach("controller", func(d *libvirtxml.DomainDeviceList) []libvirtxml.DomainController { return d.Controllers },
+			func(c *libvirtxml.DomainController) bool { return c.Type != "usb" && looseController(c) })},
+	{"controller", "controllers other than PCI, USB, SATA, IDE, SCSI and virtio-serial ones", Refused, notProven, "remove the controller and what is attached to it",
 		func(d *libvirtxml.Domain) []string {
 			var bad []string
 			for i := range devices(d).Controllers {
 				c := &d.Devices.Controllers[i]
-				if !slices.Contains([]string{"pci", "usb", "sata", "ide", "fdc", "isa"}, c.Type) {
+				if !looseController(c) && !slices.Contains([]string{"pci", "usb", "sata", "ide", "fdc", "isa"}, c.Type) {
 					bad = append(bad, "controller "+c.Type)
 				}
 			}
 			return bad
 		}},
-	{"usb-controller", "USB controller", Conditional, "its timers are not those of the primary when a device is in use", "attach no USB device", nil},
-	{"usb-input", "USB and virtio input devices, such as the tablet", Refused, notMigrated, "remove it; the PS/2 mouse and keyboard stay", func(d *libvirtxml.Domain) []string {
+	{"ps2", "PS/2 mouse and keyboard", Supported, "", "", nil},
+	{"input", "USB and virtio input devices, such as the tablet", Removed, notMigrated, takenOut + "; the PS/2 mouse and keyboard stay",
+		onEach("input", func(d *libvirtxml.DomainDeviceList) []libvirtxml.DomainInput { return d.Inputs }, looseInput)},
+	{"input-other", "input devices of the host", Refused, "the device answers unrecorded", "remove <input>", func(d *libvirtxml.Domain) []string {
 		var bad []string
 		for _, in := range devices(d).Inputs {
-			if in.Bus != "ps2" && (in.Bus != "" || in.Type != "mouse" && in.Type != "keyboard") {
+			if !looseInput(&in) && in.Bus != "ps2" && (in.Bus != "" || in.Type != "mouse" && in.Type != "keyboard") {
 				bad = append(bad, strings.TrimSpace("input "+in.Type+" "+in.Bus))
 			}
 		}
 		return bad
 	}},
-	{"usb-redirection", "USB redirection and hubs", Refused, "the device answers unrecorded", "remove it", func(d *libvirtxml.Domain) []string {
-		return append(each("redirdev", devices(d).RedirDevs), each("hub", devices(d).Hubs)...)
+	{"usb-redirection", "USB redirection by SPICE, and hubs", Removed, "the device answers unrecorded", takenOut, func(d *libvirtxml.Domain) []string {
+		redirected := onEach("redirdev", func(d *libvirtxml.DomainDeviceList) []libvirtxml.DomainRedirDev { return d.RedirDevs }, looseRedirDev)
+		return append(redirected(d), each("hub", devices(d).Hubs)...)
 	}},
+	{"usb-redirection-other", "USB redirection by other means", Refused, "the device answers unrecorded", "remove <redirdev>",
+		onEach("redirdev", func(d *libvirtxml.DomainDeviceList) []libvirtxml.DomainRedirDev { return d.RedirDevs }, not(looseRedirDev))},
 	{"hostdev", "passed-through host device", Refused, "the device answers unrecorded, and the other host does not have it", "remove <hostdev>", func(d *libvirtxml.Domain) []string {
 		return each("hostdev", devices(d).Hostdevs)
 	}},
 	{"tpm", "TPM", Refused, localState, "remove <tpm>", func(d *libvirtxml.Domain) []string { return each("tpm", devices(d).TPMs) }},
 	{"smartcard", "smart card", Refused, "the card answers unrecorded", "remove it", func(d *libvirtxml.Domain) []string { return each("smartcard", devices(d).Smartcards) }},
-	{"rng", "virtio random number generator", Refused, notMigrated, "remove <rng>; the guest has other sources", func(d *libvirtxml.Domain) []string {
+	{"rng", "virtio random number generator", Removed, notMigrated, takenOut + "; the guest has other sources", func(d *libvirtxml.Domain) []string {
 		return each("rng", devices(d).RNGs)
 	}},
-	{"sound", "sound card", Refused, notProven, "remove <sound>", func(d *libvirtxml.Domain) []string { return each("sound", devices(d).Sounds) }},
-	{"balloon", "memory balloon", Adapted, "it changes the guest's memory on the host's demand", "it is taken out", nil},
+	{"sound", "sound card", Removed, notProven, takenOut, func(d *libvirtxml.Domain) []string { return each("sound", devices(d).Sounds) }},
+	{"balloon", "memory balloon", Removed, "it changes the guest's memory on the host's demand", takenOut,
+		onDomain(func(d *libvirtxml.Domain) bool { b := devices(d).MemBalloon; return b == nil || b.Model != "none" })},
 	{"balloon-stats", "memory balloon with statistics", Refused, "its timer does not match the primary's, and the figures would end with the balloon",
 		"remove <stats> from <memballoon>", onDomain(func(d *libvirtxml.Domain) bool {
 			b := devices(d).MemBalloon
 			return b != nil && b.Model != "none" && b.Stats != nil && b.Stats.Period > 0
 		})},
-	{"video", "VGA graphics, shown by VNC or not at all", Supported, "", "", nil},
-	{"video-model", "other video models", Refused, notProven, "write <model type='vga'/>", func(d *libvirtxml.Domain) []string {
-		var bad []string
-		for _, v := range devices(d).Videos {
-			if v.Model.Type != "vga" && v.Model.Type != "none" && v.Model.Type != "" {
-				bad = append(bad, "video "+v.Model.Type)
-			}
-		}
-		return bad
+	{"video", "VGA graphics", Supported, "", "", nil},
+	{"video-model", "video models qxl, virtio, cirrus and bochs", Adapted, notProven, "they are replaced by VGA", func(d *libvirtxml.Domain) []string {
+		return videos(d, otherVideo)
 	}},
-	{"graphics", "displays other than VNC", Refused, notProven, "write <graphics type='vnc'/>", func(d *libvirtxml.Domain) []string {
-		var bad []string
-		for i, g := range devices(d).Graphics {
-			if g.VNC == nil {
-				bad = append(bad, fmt.Sprintf("graphics %d", i))
-			}
-		}
-		return bad
+	{"video-other", "other video models", Refused, notProven, "write <model type='vga'/>", func(d *libvirtxml.Domain) []string {
+		return videos(d, func(v *libvirtxml.DomainVideo) bool {
+			return !otherVideo(v) && !slices.Contains([]string{"", "none", "vga"}, v.Model.Type)
+		})
 	}},
+	{"video-second", "a second video device", Refused, notProven, "keep one <video>", onDomain(func(d *libvirtxml.Domain) bool { return len(devices(d).Videos) > 1 })},
+	{"vnc", "display by VNC", Supported, "", "", nil},
+	{"spice", "display by SPICE", Adapted, notProven, "it is shown by VNC, at the same address and with the same password",
+		onGraphics(func(g *libvirtxml.DomainGraphic) bool { return g.Spice != nil })},
+	{"spice-only", "displays that VNC cannot take the place of: SPICE with OpenGL, TLS only, or a password of more than 8 characters", Refused, notProven,
+		"write <graphics type='vnc'/>", onGraphics(func(g *libvirtxml.DomainGraphic) bool { return g.Spice != nil && !replaceable(g.Spice) })},
+	{"graphics", "displays other than VNC and SPICE", Refused, notProven, "write <graphics type='vnc'/>",
+		onGraphics(func(g *libvirtxml.DomainGraphic) bool { return g.VNC == nil && g.Spice == nil })},
 	{"watchdog", "watchdogs i6300esb and iTCO", Supported, "", "", nil},
 	{"watchdog-model", "other watchdogs", Refused, notProven, "write <watchdog model='i6300esb'/>", func(d *libvirtxml.Domain) []string {
 		var bad []string
@@ -320,6 +370,45 @@ func onNICs(bad func(*libvirtxml.DomainInterface) bool) func(*libvirtxml.Domain)
 		}
 		return paths
 	}
+}
+
+func onGraphics(bad func(*libvirtxml.DomainGraphic) bool) func(*libvirtxml.Domain) []string {
+	return func(d *libvirtxml.Domain) []string {
+		var paths []string
+		for i := range devices(d).Graphics {
+			if bad(&d.Devices.Graphics[i]) {
+				paths = append(paths, fmt.Sprintf("graphics %d", i))
+			}
+		}
+		return paths
+	}
+}
+
+// onEach gives the devices of one kind that bad tells.
+func onEach[T any](name string, list func(*libvirtxml.DomainDeviceList) []T, bad func(*T) bool) func(*libvirtxml.Domain) []string {
+	return func(d *libvirtxml.Domain) []string {
+		var paths []string
+		all := list(devices(d))
+		names := each(name, all)
+		for i := range all {
+			if bad(&all[i]) {
+				paths = append(paths, names[i])
+			}
+		}
+		return paths
+	}
+}
+
+func not[T any](f func(*T) bool) func(*T) bool { return func(x *T) bool { return !f(x) } }
+
+func videos(d *libvirtxml.Domain, bad func(*libvirtxml.DomainVideo) bool) []string {
+	var paths []string
+	for i := range devices(d).Videos {
+		if v := &d.Devices.Videos[i]; bad(v) {
+			paths = append(paths, "video "+v.Model.Type)
+		}
+	}
+	return paths
 }
 
 func nicPath(nic *libvirtxml.DomainInterface, i int) string {

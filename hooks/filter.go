@@ -4,6 +4,7 @@ package hooks
 
 import (
 	"fmt"
+	"strings"
 
 	"libvirt.org/go/libvirtxml"
 )
@@ -56,23 +57,8 @@ func filter(xml []byte, o Options) ([]byte, error) {
 
 // guestChanges names the first thing that the guest would see changed.
 func guestChanges(before, after *libvirtxml.Domain) string {
-	balloon := func(d *libvirtxml.Domain) string {
-		if b := devices(d).MemBalloon; b != nil {
-			return b.Model
-		}
-		return "virtio" // libvirt's default
-	}
-	hpet := func(d *libvirtxml.Domain) string {
-		if t := timer(d, "hpet"); t != nil {
-			return t.Present
-		}
-		return ""
-	}
-	switch {
-	case balloon(before) != balloon(after):
-		return "it has a memory balloon"
-	case hpet(before) != hpet(after):
-		return "it has an HPET"
+	if found := matching(before, changesGuest); len(found) > 0 {
+		return "Transform would take out or replace " + strings.TrimSpace(found[0].Code+" "+found[0].Path)
 	}
 	// Without event_idx a virtio device offers the guest another feature.
 	b, a := devices(before), devices(after)

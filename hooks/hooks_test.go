@@ -376,6 +376,48 @@ func TestBackupXMLRefuses(t *testing.T) {
 	}
 }
 
+// What was attached to or detached from a running domain is not recorded, and
+// what a protected domain may not have is not taken out of it.
+func TestHotplug(t *testing.T) {
+	t.Parallel()
+	for name, tc := range map[string]struct {
+		change func(*libvirtxml.DomainDeviceList)
+		code   string
+	}{
+		"as started": {func(*libvirtxml.DomainDeviceList) {}, ""},
+		"card attached": {func(d *libvirtxml.DomainDeviceList) {
+			nic := d.Interfaces[0]
+			nic.Alias = &libvirtxml.DomainAlias{Name: "net1"}
+			d.Interfaces = append(d.Interfaces, nic)
+		}, "hotplug"},
+		"card detached": {func(d *libvirtxml.DomainDeviceList) { d.Interfaces = nil }, "hotplug"},
+		"card exchanged": {func(d *libvirtxml.DomainDeviceList) {
+			d.Interfaces[0].Alias = &libvirtxml.DomainAlias{Name: "net1"}
+		}, "hotplug"},
+		"disk attached": {func(d *libvirtxml.DomainDeviceList) {
+			disk := d.Disks[0]
+			disk.Target = &libvirtxml.DomainDiskTarget{Dev: "vdz", Bus: "virtio"}
+			d.Disks = append(d.Disks, disk)
+		}, "hotplug"},
+		"disk detached": {func(d *libvirtxml.DomainDeviceList) { d.Disks = d.Disks[1:] }, "hotplug"},
+		"rng attached":  {func(d *libvirtxml.DomainDeviceList) { d.RNGs = make([]libvirtxml.DomainRNG, 1) }, "rng"},
+		"drive attached": {func(d *libvirtxml.DomainDeviceList) {
+			d.Disks = append(d.Disks, libvirtxml.DomainDisk{Device: "cdrom"})
+		}, "cdrom"},
+	} {
+		live, o := read(t, "live.xml"), backupOptions()
+		tc.change(live.Devices)
+		o.Replicas = nil // each that is given must be used
+		problems := Check(live, CheckOptions{Running: true, Peers: []string{"hosta", "hostb"}})
+		_, err := BackupXML(live, o)
+		switch {
+		case tc.code == "" && len(problems) == 0 && err == nil:
+		case tc.code == "" || len(problems) == 0 || problems[0].Code != tc.code || !errors.Is(err, ErrNotReady):
+			t.Errorf("%s: %v, %v", name, problems, err)
+		}
+	}
+}
+
 func TestFilters(t *testing.T) {
 	t.Parallel()
 	file := func(name string) []byte {

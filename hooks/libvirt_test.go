@@ -5,12 +5,14 @@ package hooks
 import (
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -28,20 +30,15 @@ func TestNamesAgreeWithLibvirt(t *testing.T) {
 			t.Fatalf("%v; run make deps", err)
 		}
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
-	dir, err := os.MkdirTemp("", "ftvirt-hooks") // short: sockets are below it
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = os.RemoveAll(dir) }()
-	run := func(name string, args ...string) string {
+	dir := t.TempDir()
+	run := func(name string, args ...string) {
 		t.Helper()
 		out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
 		if err != nil {
 			t.Fatalf("%s: %v\n%s", name, err, out)
 		}
-		return string(out)
 	}
 	image := func(name string) string { return filepath.Join(dir, name) }
 	run("qemu-img", "create", "-q", "-f", "raw", image("base.img"), "1M")
@@ -97,22 +94,12 @@ func TestNamesAgreeWithLibvirt(t *testing.T) {
 	if err := os.WriteFile(file, []byte(marshal(t, ft)), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	conf := "stdio_handler = \"file\"\nsecurity_driver = \"none\"\nnamespaces = []\nremember_owner = 0\n"
-	if os.Geteuid() == 0 {
-		conf += "user = \"root\"\ngroup = \"root\"\n"
-	}
-	if err := os.MkdirAll(image("root/etc"), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(image("root/etc/qemu.conf"), []byte(conf), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	out := run("virsh", "-c", "qemu:///embed?root="+image("root"), strings.Join([]string{
-		"create " + file + " --paused",
+	out := embedded(ctx, t,
+		"create "+file+" --paused",
 		"dumpxml names",
 		`qemu-monitor-command names '{"execute":"query-named-block-nodes","arguments":{"flat":true}}'`,
 		"destroy names",
-	}, "; "))
+	)
 
 	from, to := strings.Index(out, "<domain "), strings.Index(out, "</domain>")
 	if from < 0 || to < 0 {
@@ -179,6 +166,51 @@ func TestNamesAgreeWithLibvirt(t *testing.T) {
 	if again, err := Plain(live); err != nil || transformed(again) {
 		t.Errorf("Plain of the running domain: %v", err)
 	}
+}
+
+// driver is the directory of a private driver, in which what it found out about
+// QEMU is kept from one use to the next.
+var driver struct {
+	sync.Mutex
+	dir string
+}
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	code := m.Run()
+	if driver.dir != "" {
+		_ = os.RemoveAll(driver.dir)
+	}
+	os.Exit(code)
+}
+
+// embedded runs virsh's commands with the private driver.
+func embedded(ctx context.Context, t *testing.T, commands ...string) string {
+	t.Helper()
+	driver.Lock()
+	defer driver.Unlock()
+	if driver.dir == "" {
+		dir, err := os.MkdirTemp("", "ftvirt-hooks") // short: sockets are below it
+		if err != nil {
+			t.Fatal(err)
+		}
+		driver.dir = dir
+		conf := "stdio_handler = \"file\"\nsecurity_driver = \"none\"\nnamespaces = []\nremember_owner = 0\n"
+		if os.Geteuid() == 0 {
+			conf += "user = \"root\"\ngroup = \"root\"\n"
+		}
+		if err := os.MkdirAll(filepath.Join(dir, "etc"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, "etc/qemu.conf"), []byte(conf), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	out, err := exec.CommandContext(ctx, "virsh", "-q", "-c", "qemu:///embed?root="+driver.dir, strings.Join(commands, "; ")).CombinedOutput()
+	if err != nil {
+		t.Fatalf("virsh: %v\n%s", err, out)
+	}
+	return string(out)
 }
 
 func withoutPlugin(dom *libvirtxml.Domain) {

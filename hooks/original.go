@@ -23,13 +23,13 @@ const (
 )
 
 // encodeOriginal notes the operator's definition, less the metadata, and less
-// the displays: libvirt shows metadata to all, passwords to some only.
+// the displays' passwords: libvirt shows metadata to all, passwords to some only.
 func encodeOriginal(dom *libvirtxml.Domain) (string, error) {
 	noted := *dom
 	noted.Metadata = nil
 	if dom.Devices != nil {
 		list := *dom.Devices
-		list.Graphics = nil
+		list.Graphics = withoutPasswords(list.Graphics)
 		noted.Devices = &list
 	}
 	text, err := noted.Marshal()
@@ -46,6 +46,29 @@ func encodeOriginal(dom *libvirtxml.Domain) (string, error) {
 	}
 	return "<fto:original" + attr("xmlns:fto", originalNamespace) + attr("encoding", "gzip+base64") + ">" +
 		base64.StdEncoding.EncodeToString(buf.Bytes()) + "</fto:original>", nil
+}
+
+// withoutPasswords copies displays. Of kinds that no protected domain has,
+// nothing is copied.
+func withoutPasswords(list []libvirtxml.DomainGraphic) []libvirtxml.DomainGraphic {
+	var out []libvirtxml.DomainGraphic
+	for _, g := range list {
+		bare := libvirtxml.DomainGraphic{Audio: g.Audio}
+		if g.VNC != nil {
+			v := *g.VNC
+			v.Passwd, v.PasswdValidTo = "", ""
+			bare.VNC = &v
+		}
+		if g.Spice != nil {
+			s := *g.Spice
+			s.Passwd, s.PasswdValidTo = "", ""
+			bare.Spice = &s
+		}
+		if bare.VNC != nil || bare.Spice != nil {
+			out = append(out, bare)
+		}
+	}
+	return out
 }
 
 // readOriginal gives nil if nothing is noted.
@@ -105,10 +128,8 @@ func Plain(dom *libvirtxml.Domain) (*libvirtxml.Domain, error) {
 		out.CPU = nil
 	}
 	plainTimers(out, original)
+	putBack(out, original)
 	dev, was := devices(out), devices(original)
-	if dev.MemBalloon != nil && dev.MemBalloon.Model == "none" {
-		dev.MemBalloon = was.MemBalloon
-	}
 	for i := range dev.Disks {
 		plainDisk(&dev.Disks[i], was.Disks)
 	}

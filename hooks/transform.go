@@ -56,8 +56,8 @@ func apply(dom *libvirtxml.Domain, o Options, backup bool) (*libvirtxml.Domain, 
 	}
 	setTimer(dom, "rtc", func(t *libvirtxml.DomainTimer) { t.Track = "guest" })
 	setTimer(dom, "hpet", func(t *libvirtxml.DomainTimer) { t.Present = "no" })
+	takeOut(dom)
 	dev := devices(dom)
-	dev.MemBalloon = &libvirtxml.DomainMemBalloon{Model: "none"}
 	for i := range dev.Disks {
 		if d := &dev.Disks[i]; d.Driver == nil {
 			d.Driver = new(libvirtxml.DomainDiskDriver)

@@ -128,8 +128,8 @@ type Source struct {
 	Plugin Recorder
 }
 
-// Disks lists what has to be replicated: the disks whose device sits on a
-// blkreplay node that the transform put there.
+// Disks lists what has to be replicated: the disks that can be written to and
+// whose device sits on a blkreplay node that the transform put there.
 func (s *Source) Disks(ctx context.Context, id plugin.UUID, xml string) ([]Disk, error) {
 	dom, err := hooks.Parse([]byte(xml))
 	if err != nil {
@@ -141,6 +141,9 @@ func (s *Source) Disks(ctx context.Context, id plugin.UUID, xml string) ([]Disk,
 	}
 	var disks []Disk
 	for _, n := range hooks.DiskNodes(dom) {
+		if n.ReadOnly {
+			continue // the backup's host has the same image; nothing could be written to a replica
+		}
 		size, ok := sizes[n.Node]
 		if _, replayed := sizes[n.Replay]; !ok || !replayed {
 			return nil, fmt.Errorf("%w: %s: QEMU has no block node %q below %q", ErrDisk, n.Target, n.Node, n.Replay)

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 
@@ -22,6 +23,7 @@ var (
 	ErrActive = errors.New("the domain already runs on this host")
 	ErrEpoch  = errors.New("not the epoch that is being cloned")
 	ErrFormat = errors.New("unsupported disk format")
+	ErrTarget = errors.New("not the name of a disk")
 )
 
 // Hypervisor is what the receiver needs of the backup's libvirt.
@@ -62,6 +64,9 @@ type Receiver struct {
 	created bool
 	replay  Replayer
 }
+
+// diskTarget is what libvirt calls disks.
+var diskTarget = regexp.MustCompile(`^[a-z]{1,8}[a-z0-9]{0,8}$`)
 
 // replicaName is unique to an epoch, so that no clone ever writes into a file
 // that it did not make.
@@ -128,6 +133,10 @@ func (r *Receiver) Adopt(epoch plugin.Epoch) error {
 func (r *Receiver) makeReplica(ctx context.Context, d Disk) (string, error) {
 	if d.Format != "raw" && d.Format != "qcow2" {
 		return "", fmt.Errorf("%w %q: use raw or qcow2", ErrFormat, d.Format)
+	}
+	// The peer's word becomes part of a path.
+	if !diskTarget.MatchString(d.Target) || d.Size < 0 {
+		return "", fmt.Errorf("%w: %q of %d bytes", ErrTarget, d.Target, d.Size)
 	}
 	path := filepath.Join(r.DiskDir, replicaName(r.Domain, d.Target, r.epoch, d.Format))
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)

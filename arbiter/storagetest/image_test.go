@@ -136,7 +136,11 @@ func modulesOf(ctx context.Context, cache, release string) (string, error) {
 	if err := copyModules(ctx, filepath.Join(root, "lib", "modules", release), out); err != nil {
 		return "", err
 	}
-	return final, os.Rename(out, final)
+	err = os.Rename(out, final)
+	if errors.Is(err, os.ErrExist) {
+		return final, nil // another run was faster
+	}
+	return final, err
 }
 
 // copyModules copies the wanted modules and what they depend on.

@@ -69,6 +69,11 @@ func (a *Agent) serveAdmin(ctx context.Context, l net.Listener) error {
 		mux.HandleFunc("POST /v1/"+path, post(func(ctx context.Context, r EnableRequest) error { return f(ctx, r.Domain) }))
 	}
 	mux.HandleFunc("POST /v1/restart-backup", post(func(ctx context.Context, r EnableRequest) error { return a.RestartBackup(ctx, r.Domain, r.Peer) }))
+	mux.HandleFunc("GET /v1/verify/{domain}", func(w http.ResponseWriter, r *http.Request) {
+		p, err := a.Plan(r.Context(), r.PathValue("domain"))
+		reply(w, p, err)
+	})
+	mux.HandleFunc("POST /v1/verify", a.serveVerify)
 	mux.HandleFunc("GET /v1/diagnosis/{domain}", a.serveDiagnosis)
 	mux.HandleFunc("GET /v1/events", a.serveEvents)
 	mux.Handle("GET /metrics", a.metrics())
@@ -98,6 +103,18 @@ func post(f func(context.Context, EnableRequest) error) http.HandlerFunc {
 		defer cancel()
 		reply(w, struct{}{}, f(ctx, req))
 	}
+}
+
+func (a *Agent) serveVerify(w http.ResponseWriter, r *http.Request) {
+	var req VerifyRequest
+	dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, 64<<10))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&req); err != nil {
+		reply(w, nil, fmt.Errorf("request: %w", err))
+		return
+	}
+	v, err := a.Verify(r.Context(), req)
+	reply(w, v, err)
 }
 
 func reply(w http.ResponseWriter, v any, err error) {

@@ -12,9 +12,11 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -47,16 +49,19 @@ type Agent struct {
 
 	mu      sync.Mutex
 	domains map[plugin.UUID]*domain
-	ctx     context.Context // of Run; domains live in it
-	started time.Time
-	wg      sync.WaitGroup
+	// Domains whose annotations are to be looked at.
+	changed    chan plugin.UUID
+	changedAll chan struct{}
+	ctx        context.Context // of Run; domains live in it
+	started    time.Time
+	wg         sync.WaitGroup
 }
 
 // New makes the agent of a host; Run starts it. Build is the version to show.
 func New(cfg config.Config, log *slog.Logger) (*Agent, error) {
 	a := &Agent{
 		cfg: cfg, log: log, domains: map[plugin.UUID]*domain{}, events: newJournal(),
-		channel: channel.DefaultConfig(),
+		channel: channel.DefaultConfig(), changed: make(chan plugin.UUID, 64), changedAll: make(chan struct{}, 1),
 	}
 	a.channel.Logger = log
 	a.channel.QueueBytes = max(int(cfg.Channel.SendBuffer), a.channel.QueueBytes)
@@ -64,12 +69,8 @@ func New(cfg config.Config, log *slog.Logger) (*Agent, error) {
 	if a.arbiter, err = backend.New(cfg.Arbiter, 0); err != nil {
 		return nil, fmt.Errorf("arbiter: %w", err)
 	}
-	if !cfg.Channel.Plaintext {
-		return nil, errors.New("the logging channel has no TLS yet: set plaintext = true in [channel], " +
-			"on a network that only these hosts share")
-	}
-	a.transport = channel.Plain()
-	return a, nil
+	a.transport, err = newTransport(cfg, log)
+	return a, err
 }
 
 // Run serves until ctx ends. Domains are left as they are: a protected one
@@ -81,7 +82,8 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	}
 	var err error
 	a.virt, err = virt.Open(ctx, a.cfg.LibvirtURI, virt.Events{
-		Started: func(i virt.Info) { a.kickID(i.UUID) }, Stopped: a.stopped, MetadataChanged: a.kickID,
+		Started: func(i virt.Info) { a.notice(i.UUID) }, Stopped: a.stopped,
+		MetadataChanged: a.notice, DefinitionChanged: a.notice, Reconnected: a.noticeAll,
 	})
 	if err != nil {
 		return fmt.Errorf("libvirt at %s: %w; is libvirtd running?", a.cfg.LibvirtURI, err)
@@ -94,6 +96,9 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	plugins, err := control.Listen(a.cfg.Agent.PluginSocket)
 	if err != nil {
 		return err
+	}
+	if plugins.Owner = owners(a.cfg.LibvirtURI); plugins.Owner == nil {
+		a.log.Warn("any local user can pretend to be a domain: its process is checked for qemu:///system only", "libvirt_uri", a.cfg.LibvirtURI)
 	}
 	peers, err := a.transport.Listen(ctx, a.cfg.Channel.Listen)
 	if err != nil {
@@ -139,7 +144,7 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	// somebody waits.
 	a.wg.Go(func() { _, _ = a.virt.Hypervisor(ctx) })
 	group.Go(func() error { return a.detect.Run(ctx) })
-	group.Go(func() error { return channel.Serve(ctx, peers, a.channel, a.servePeer) })
+	group.Go(func() error { return channel.Serve(ctx, a.transport, peers, a.channel, a.servePeer) })
 	group.Go(func() error { return a.serveAdmin(ctx, admin) })
 	group.Go(func() error { return serveHTTP(ctx, scrapes, a.metrics()) })
 	if visitors != nil {
@@ -147,14 +152,16 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 		group.Go(func() error { return serveHTTP(ctx, visitors, web.Handler(a.page)) })
 	}
 	group.Go(func() error {
+		var refused channel.Complaints
 		return plugins.Serve(func(s *control.Session) { a.servePlugin(ctx, s) },
-			func(err error) { a.log.Warn("a plugin was refused", "error", err) })
+			func(err error) { refused.Warn(a.log, netip.Addr{}, "a plugin was refused", "error", err) })
 	})
 	group.Go(func() error {
 		<-ctx.Done()
 		return plugins.Close()
 	})
 	a.greet(ctx)
+	a.wg.Go(func() { a.watchWishes(ctx) })
 	a.log.Info("agent started", "host", a.cfg.Host, "channel", a.cfg.Channel.Listen)
 	if ready != nil {
 		ready()
@@ -170,16 +177,28 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 func (a *Agent) directories() error {
 	// QEMU's user must get through to the plugin socket and to the sockets
 	// of a clone, whose directories are its own.
-	if err := os.MkdirAll(a.cfg.Agent.RunDir, 0o711); err != nil {
+	if err := ownDirectory(a.cfg.Agent.RunDir, 0o711); err != nil {
 		return fmt.Errorf("run directory: %w", err)
 	}
-	if err := os.Chmod(a.cfg.Agent.RunDir, 0o711); err != nil {
-		return fmt.Errorf("run directory: %w", err)
-	}
-	if err := os.MkdirAll(a.cfg.Agent.StateDir, 0o700); err != nil {
+	if err := ownDirectory(a.cfg.Agent.StateDir, 0o700); err != nil {
 		return fmt.Errorf("state directory: %w", err)
 	}
 	return nil
+}
+
+// ownDirectory makes a directory, or takes one that is there and nobody else's.
+func ownDirectory(path string, mode os.FileMode) error {
+	if err := os.MkdirAll(path, mode); err != nil {
+		return err
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
+		return fmt.Errorf("%s belongs to user %d, who could replace what is in it; give it to root", path, st.Uid)
+	}
+	return os.Chmod(path, mode)
 }
 
 // cloneDir is where the sockets of a domain's clone lie.
@@ -235,6 +254,7 @@ const stopTimeout = 500 * time.Millisecond
 
 // stopped notes how a domain ended, as libvirt tells it.
 func (a *Agent) stopped(s virt.Stopped) {
+	a.lookSoon(s.UUID) // its definition can be made ready now
 	a.mu.Lock()
 	d := a.domains[s.UUID]
 	a.mu.Unlock()

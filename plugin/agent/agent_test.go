@@ -5,6 +5,7 @@ package agent
 import (
 	"io"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"testing"
 
@@ -28,4 +29,30 @@ func testAgent(t *testing.T) *Agent {
 	}
 	t.Cleanup(func() { _ = a.detect.Close() })
 	return a
+}
+
+func TestOwnDirectory(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "state")
+	if err := os.Mkdir(path, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(path, 0o777); err != nil { // whatever the umask
+		t.Fatal(err)
+	}
+	if err := ownDirectory(path, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("%v, %v", info.Mode(), err)
+	}
+	if os.Geteuid() != 0 {
+		return // only root can give a directory away
+	}
+	if err := os.Chown(path, 12345, -1); err != nil {
+		t.Fatal(err)
+	}
+	if err := ownDirectory(path, 0o700); err == nil {
+		t.Error("another user's directory was taken")
+	}
 }

@@ -4,6 +4,7 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -38,6 +39,10 @@ type backup struct {
 	promote bool
 	rate    meter
 	fed     chan struct{} // closed and renewed when the plugin consumed
+
+	looked     *side           // of the last verification
+	verdict    json.RawMessage // of one that found a difference
+	comparison comparison      // of the registers with the primary's
 
 	reached   plugin.Position // the newest position known to be consumed
 	lag, peak time.Duration   // of the last period, and of this one so far
@@ -164,6 +169,9 @@ func (b *backup) open(ctx context.Context, in *channel.Incoming, end plugin.Posi
 			return nil, b.receiver.Finish(ctx, r.Epoch)
 		}),
 		migrate.MethodDiscard: handler(b.discardRequest),
+		methodLook:            handler(b.look),
+		methodHashes:          handler(b.hashes),
+		methodDiffers:         handler(b.differs),
 	})
 	if err != nil {
 		return
@@ -262,6 +270,7 @@ func (b *backup) halt() {
 	b.mu.Unlock()
 	if v != nil {
 		v.watch(nil)
+		v.digests(nil)
 	}
 	if conn != nil {
 		// It waits for requests that are served, which end with ctx.
@@ -317,6 +326,7 @@ func (b *backup) attach(v *vm) bool {
 		return false
 	}
 	v.watch(func() { b.watch(v) })
+	v.digests(func(g ctl.Digest) { b.compare(v, g) })
 	b.d.welcome(v, b.epoch, 0)
 	b.d.a.wg.Go(func() { b.feed(v) })
 	return true
@@ -371,7 +381,8 @@ func (b *backup) consumed(r reports) {
 	conn, lag := b.conn, b.lag
 	b.mu.Unlock()
 	if due && conn != nil {
-		c := entry{Kind: kindLag, Epoch: b.epoch, LagMicros: lag.Microseconds(), Consumed: r.consumed.Pos}
+		equal, _ := b.comparison.result()
+		c := entry{Kind: kindLag, Epoch: b.epoch, LagMicros: lag.Microseconds(), Consumed: r.consumed.Pos, Compared: equal}
 		b.d.a.wg.Go(func() { send(b.ctx, conn, c) })
 	}
 }
@@ -482,6 +493,10 @@ func (b *backup) append(conn *channel.Conn, m channel.Message) error {
 }
 
 func (b *backup) control(c entry) {
+	if c.Kind == kindDigest && c.Digest != nil {
+		b.expect(*c.Digest)
+		return
+	}
 	ev, ok := notifyEvent(c)
 	if !ok {
 		return

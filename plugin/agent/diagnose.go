@@ -51,6 +51,12 @@ func (d *domain) diagnose(epoch plugin.Epoch, v *vm, b *backup) {
 	if b != nil && b.log() != nil {
 		report["log"] = b.log().Stats()
 	}
+	if b != nil {
+		report["registers_equal"], report["registers_differ"] = b.comparison.result()
+		b.mu.Lock()
+		report["verified"] = b.verdict
+		b.mu.Unlock()
+	}
 	dir := d.diagnosisDir(epoch)
 	err := os.MkdirAll(dir, 0o700)
 	if err == nil {

@@ -53,7 +53,7 @@ func servingPair(t *testing.T) (a, b *Agent) {
 		ctx, cancel := context.WithCancel(context.Background())
 		a.ctx = ctx
 		done := make(chan error, 2)
-		go func() { done <- channel.Serve(ctx, listeners[i], a.channel, a.servePeer) }()
+		go func() { done <- channel.Serve(ctx, a.transport, listeners[i], a.channel, a.servePeer) }()
 		go func() { done <- a.detect.Run(ctx) }()
 		t.Cleanup(func() {
 			cancel()

@@ -41,6 +41,7 @@ type domain struct {
 	closing  map[plugin.Epoch]bool
 	failure  string // why the last clone failed
 	avoid    string // the peer on which it failed
+	wrong    string // what is not understood of the annotation
 	retryAt  time.Time
 
 	tally tally
@@ -48,8 +49,9 @@ type domain struct {
 
 	adoptions int // of what an earlier agent left, under way
 
-	enabling sync.Mutex    // held while a clone is being begun
-	kicked   chan struct{} // wakes keep
+	verifying sync.Mutex    // held while both sides are compared
+	enabling  sync.Mutex    // held while a clone is being begun
+	kicked    chan struct{} // wakes keep
 }
 
 func newDomain(a *Agent, id plugin.UUID) *domain {

@@ -58,7 +58,7 @@ func (a *Agent) checkDomain(ctx context.Context, info virt.Info, peer string) ([
 	if err != nil {
 		return nil, err
 	}
-	opts := hooks.CheckOptions{Host: a.cfg.Host, Peer: peer}
+	opts := hooks.CheckOptions{Host: a.cfg.Host, Peer: peer, Running: info.Active}
 	for n := range a.cfg.Peers {
 		opts.Peers = append(opts.Peers, n)
 	}
@@ -81,7 +81,7 @@ func missingDisks(dom *libvirtxml.Domain) []hooks.Problem {
 		return nil
 	}
 	for _, d := range dom.Devices.Disks {
-		if d.Source == nil || d.Source.File == nil || d.Target == nil {
+		if d.Source == nil || d.Source.File == nil || d.Source.File.File == "" || d.Target == nil {
 			continue
 		}
 		if _, err := os.Stat(d.Source.File.File); err != nil {

@@ -45,7 +45,7 @@ func TestChannelIsFenced(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	served := make(chan error, 1)
 	go func() {
-		served <- channel.Serve(ctx, ln, channel.DefaultConfig(), func(ctx context.Context, in *channel.Incoming) {
+		served <- channel.Serve(ctx, channel.Plain(), ln, channel.DefaultConfig(), func(ctx context.Context, in *channel.Incoming) {
 			// It has the replica of the newest epoch, from host A.
 			d := &domain{a: a, id: in.Hello.Domain}
 			if in.Hello.Purpose != channel.PurposeSession || in.Hello.Target != "" {
@@ -56,7 +56,9 @@ func TestChannelIsFenced(t *testing.T) {
 	}()
 	t.Cleanup(func() {
 		cancel()
-		<-served
+		if err := <-served; !errors.Is(err, context.Canceled) {
+			t.Errorf("Serve: %v", err)
+		}
 	})
 	session := channel.Hello{Purpose: channel.PurposeSession, From: "hosta", To: "hostb", Domain: id, Epoch: newest}
 	for name, change := range map[string]func(*channel.Hello){

@@ -12,6 +12,7 @@ import (
 
 	"ftvirt.org/ftvirt/plugin"
 	"ftvirt.org/ftvirt/plugin/channel"
+	"ftvirt.org/ftvirt/plugin/control"
 	"ftvirt.org/ftvirt/plugin/detect"
 	"ftvirt.org/ftvirt/plugin/pair"
 )
@@ -39,6 +40,7 @@ type heartbeatRequest struct {
 const (
 	kindLag      = "lag"
 	kindProgress = "clone-progress"
+	kindDigest   = "digest"
 )
 
 // entry is a control entry between the agents of a pair.
@@ -49,6 +51,10 @@ type entry struct {
 	// kindLag: execution lag of the backup in microseconds, and how far it is.
 	LagMicros int64           `json:"lag_us,omitempty"`
 	Consumed  plugin.Position `json:"consumed,omitempty"`
+	// Compared is how often its registers were found equal to the primary's.
+	Compared uint64 `json:"compared,omitempty"`
+	// kindDigest: registers of the primary at a position of the log to come.
+	Digest *control.Digest `json:"digest,omitempty"`
 }
 
 // notifyEvent translates the peer's notify into the event to step.

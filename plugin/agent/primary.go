@@ -42,18 +42,19 @@ type primary struct {
 	abort   context.CancelFunc
 	beats   beats
 
-	mu     sync.Mutex
-	vm     *vm
-	conn   *channel.Conn   // nil while the session is broken
-	expect plugin.Position // of the next byte to send
-	dec    *rrlog.Decoder  // of the log as it was sent, to see a deliberate end
-	layout rrlog.Layout    // for one that is made later
-	acked  plugin.Position
-	timer  ackTimer
-	lag    time.Duration
-	pacer  pacer
-	paced  float64 // part of its time that the primary pauses
-	rate   meter
+	mu       sync.Mutex
+	vm       *vm
+	conn     *channel.Conn   // nil while the session is broken
+	expect   plugin.Position // of the next byte to send
+	dec      *rrlog.Decoder  // of the log as it was sent, to see a deliberate end
+	layout   rrlog.Layout    // for one that is made later
+	acked    plugin.Position
+	timer    ackTimer
+	lag      time.Duration
+	compared uint64 // times that both sides' registers were equal
+	pacer    pacer
+	paced    float64 // part of its time that the primary pauses
+	rate     meter
 
 	keptMu sync.Mutex
 	kept   *os.File // copy of the log, if one is kept
@@ -113,6 +114,7 @@ func (p *primary) halt() {
 	p.keptMu.Unlock()
 	if v != nil {
 		v.ship(nil)
+		v.digests(nil)
 		v.watch(nil)
 	}
 	if conn != nil {
@@ -145,6 +147,7 @@ func (p *primary) clone(v *vm) error {
 		return err
 	}
 	p.d.a.wg.Go(func() { p.receive(conn) })
+	v.digests(p.digest)
 	v.ship(p.ship)
 	v.watch(p.watch)
 	if err := v.idle(ctx); err != nil {
@@ -370,6 +373,9 @@ func (p *primary) serve(conn *channel.Conn) error {
 
 func (p *primary) control(c entry) {
 	if c.Kind == kindLag {
+		p.mu.Lock()
+		p.compared = c.Compared
+		p.mu.Unlock()
 		p.pace(time.Duration(c.LagMicros) * time.Microsecond)
 		return
 	}
@@ -405,8 +411,14 @@ const reconnectPause = 20 * time.Millisecond
 func (p *primary) reconnect(target string) *channel.Conn {
 	t := time.NewTicker(reconnectPause)
 	defer t.Stop()
+	var last string
 	for p.d.paired() {
 		conn, err := p.resume(target)
+		if err != nil && err.Error() != last {
+			// Fifty times a second the same is enough said once.
+			last = err.Error()
+			p.d.a.log.Info("no session with the peer yet", "domain", p.d.label(), "peer", p.peer, "error", err)
+		}
 		if err == nil {
 			p.d.post(pair.Event{Kind: pair.EventSessionRestored, Epoch: p.epoch})
 			return conn
@@ -462,6 +474,7 @@ func (p *primary) attach(v *vm) {
 	resume := p.expect
 	p.mu.Unlock()
 	v.switched.Store(uint64(p.epoch))
+	v.digests(p.digest)
 	v.ship(p.ship)
 	v.watch(p.watch)
 	// Everything below expect was given to the channel, so the plugin may be

@@ -184,10 +184,9 @@ func (d *domain) remove(ctx context.Context, v *vm, b *backup) {
 	} else {
 		d.destroy(ctx, v)
 	}
-	d.mu.Lock()
-	now := d.vm
-	d.mu.Unlock()
-	if now == nil || !now.Alive() {
+	// The machine may know by now, and have begun another epoch, to which the
+	// end of this copy does not belong.
+	if s, now, _, _ := d.snapshot(); s.Removing && (now == nil || !now.Alive()) {
 		d.post(pair.Event{Kind: pair.EventQEMUDied})
 	}
 }

@@ -25,6 +25,9 @@ type Status struct {
 	Peer   string       `json:"peer,omitempty" yaml:"peer,omitempty"`
 	// Mode is what the plugin in QEMU does; "none" without one.
 	Mode string `json:"mode" yaml:"mode"`
+	// Channel is how the logging channel of this host is secured: "tls", or
+	// "plaintext".
+	Channel string `json:"channel" yaml:"channel"`
 
 	// Position is how far this host's copy is in the log of the epoch, in
 	// bytes: logged on the primary, replayed on the backup.
@@ -45,6 +48,9 @@ type Status struct {
 	OutputQueue    uint64  `json:"output_queue" yaml:"output_queue"`
 	OutputDropped  uint64  `json:"output_dropped" yaml:"output_dropped"`
 	Instructions   uint64  `json:"instructions" yaml:"instructions"`
+	// Compared is how often in this epoch both sides had the same registers at
+	// the same event. A difference ends the pair.
+	Compared uint64 `json:"compared" yaml:"compared"`
 
 	ClonePhase       string  `json:"clone_phase,omitempty" yaml:"clone_phase,omitempty"`
 	CloneTransferred int64   `json:"clone_transferred,omitempty" yaml:"clone_transferred,omitempty"`
@@ -54,6 +60,8 @@ type Status struct {
 	// is tried.
 	Failure string  `json:"failure,omitempty" yaml:"failure,omitempty"`
 	Retry   float64 `json:"retry_s,omitempty" yaml:"retry_s,omitempty"`
+	// AnnotationError is what is not understood of the domain's annotation.
+	AnnotationError string `json:"annotation_error,omitempty" yaml:"annotation_error,omitempty"`
 }
 
 // phaseUndoing is the phase of a clone that failed and is not yet cleared away.
@@ -67,7 +75,8 @@ func (d *domain) report() Status {
 	d.mu.Lock()
 	st := Status{
 		Domain: d.name, UUID: d.id, Host: d.a.cfg.Host, Role: s.Role, State: s.State, Reason: s.Reason, Epoch: s.Epoch,
-		Peer: s.Peer, Mode: "none", Failure: d.failure, ClonePause: millis(d.progress.Pause),
+		Peer: s.Peer, Mode: "none", Channel: d.a.channelSecurity(), Failure: d.failure, ClonePause: millis(d.progress.Pause),
+		AnnotationError: d.wrong,
 	}
 	switch {
 	case d.clones > 0 && s.State == pair.Unprotected:
@@ -97,19 +106,22 @@ func (d *domain) report() Status {
 		}
 		st.OutputDelayMax = millis(time.Duration(r.stats.DelayMaxNS))
 		p.mu.Lock()
-		st.Lag, st.Slowed, st.LogRate = millis(p.lag), p.paced, p.rate.rate(now)
+		st.Lag, st.Slowed, st.LogRate, st.Compared = millis(p.lag), p.paced, p.rate.rate(now), p.compared
 		p.mu.Unlock()
 	case r.Mode == control.ModeReplay && b != nil && b.log() != nil:
 		st.Position, st.Acked, st.Instructions = r.consumed.Pos, b.log().Boundary(), r.consumed.Icount
 		b.mu.Lock()
 		st.Lag, st.LogRate = millis(b.lag), b.rate.rate(now)
 		b.mu.Unlock()
+		st.Compared, _ = b.comparison.result()
 	}
 	return st
 }
 
 // relevant tells whether a domain has to do with ftvirt here.
-func (s Status) relevant() bool { return s.Epoch != 0 || s.Mode != "none" }
+func (s Status) relevant() bool {
+	return s.Epoch != 0 || s.Mode != "none" || s.AnnotationError != "" || s.Failure != ""
+}
 
 // Status tells about all domains of this host that have to do with ftvirt.
 func (a *Agent) Status() []Status {
@@ -136,5 +148,6 @@ func (a *Agent) StatusOf(ctx context.Context, name string) (Status, error) {
 	}
 	return Status{
 		Domain: info.Name, UUID: info.UUID, Host: a.cfg.Host, Role: plugin.RoleNone, Reason: pair.NotEnabled, Mode: "none",
+		Channel: a.channelSecurity(),
 	}, nil
 }

@@ -38,7 +38,11 @@ type vm struct {
 	stats    control.Stats
 	diverged *control.Diverged
 	refused  error
+	looked   control.Looked
+	memories memories // what was told of memory, since the last Look
+	looking  sync.Mutex
 	onLog    func(plugin.Position, []byte) error
+	onDigest func(control.Digest)
 	onReport func() // after state, consumed and diverged; must not block
 }
 
@@ -67,7 +71,21 @@ func (v *vm) run(ctx context.Context) error {
 		Consumed: func(c control.Consumed) { v.report(func() { v.consumed = c }) },
 		Stats:    func(s control.Stats) { v.report(func() { v.stats = s }) },
 		Diverged: func(d control.Diverged) { v.report(func() { v.diverged = &d }) },
-		Refused:  func(err error) { v.report(func() { v.refused = err }) },
+		Digest: func(g control.Digest) {
+			v.mu.Lock()
+			f := v.onDigest
+			v.mu.Unlock()
+			if f != nil {
+				f(g)
+			}
+		},
+		Memory: func(m control.Memory) {
+			v.mu.Lock()
+			defer v.mu.Unlock()
+			v.memories.add(m)
+		},
+		Looked:  func(l control.Looked) { v.report(func() { v.looked = l }) },
+		Refused: func(err error) { v.report(func() { v.refused = err }) },
 	})
 }
 
@@ -90,6 +108,13 @@ func (v *vm) ship(f func(plugin.Position, []byte) error) {
 	v.onLog = f
 }
 
+// digests directs what the plugin tells of registers to f.
+func (v *vm) digests(f func(control.Digest)) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.onDigest = f
+}
+
 // watch calls f after each report.
 func (v *vm) watch(f func()) {
 	v.mu.Lock()
@@ -103,12 +128,18 @@ type reports struct {
 	consumed control.Consumed
 	stats    control.Stats
 	diverged *control.Diverged
+	looked   control.Looked
 }
 
 func (v *vm) reports() reports {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	return reports{State: v.state, consumed: v.consumed, stats: v.stats, diverged: v.diverged}
+	return v.reported()
+}
+
+// reported does so with the lock held.
+func (v *vm) reported() reports {
+	return reports{State: v.state, consumed: v.consumed, stats: v.stats, diverged: v.diverged, looked: v.looked}
 }
 
 // wait returns when cond holds for what the plugin reported. A command that it
@@ -116,7 +147,7 @@ func (v *vm) reports() reports {
 func (v *vm) wait(ctx context.Context, what string, cond func(reports) bool) error {
 	for {
 		v.mu.Lock()
-		r := reports{State: v.state, consumed: v.consumed, stats: v.stats, diverged: v.diverged}
+		r := v.reported()
 		changed, refused := v.changed, v.refused
 		v.refused = nil
 		v.mu.Unlock()

@@ -98,7 +98,8 @@ type Config struct {
 	// MaxRequests bounds the peer's requests handled at once; more are
 	// answered with an error of code [CodeBusy].
 	MaxRequests int
-	// MaxHandshakes bounds the connections in handshake at once, in [Serve].
+	// MaxHandshakes bounds the connections in handshake at once, in [Serve]; for
+	// one more, the oldest of the address that has the most is closed.
 	MaxHandshakes int
 	// Logger gets what no caller is told, such as failed handshakes.
 	Logger *slog.Logger

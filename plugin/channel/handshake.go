@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"syscall"
 	"time"
 
 	"ftvirt.org/ftvirt/plugin"
@@ -230,7 +231,7 @@ func Dial(ctx context.Context, t Transport, address string, h Hello, cfg Config)
 	}
 	dialCtx, cancel := context.WithTimeout(ctx, cfg.HandshakeTimeout)
 	defer cancel()
-	conn, err := t.Dial(dialCtx, address)
+	conn, err := t.Dial(dialCtx, address, h.To)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -272,14 +273,14 @@ func noEOF(err error) error {
 	return err
 }
 
-// Incoming is a connection whose HELLO was read. Its user calls either
-// [Incoming.Welcome] or [Incoming.Refuse], once; if it calls neither, the
-// connection is refused when the handler returns.
+// Incoming is a connection whose HELLO was read, and which comes from the host
+// that it names. Its user calls either [Incoming.Welcome] or [Incoming.Refuse],
+// once; if it calls neither, the connection is refused when the handler returns.
 type Incoming struct {
-	Hello Hello
-	conn  net.Conn
-	cfg   Config
-	once  sync.Once
+	Hello  Hello
+	conn   net.Conn
+	server *server
+	once   sync.Once
 }
 
 // RemoteAddr is the peer's address.
@@ -297,29 +298,47 @@ func (in *Incoming) Welcome(ctx context.Context, resume plugin.Position) (net.Co
 	return in.conn, nil
 }
 
-// Refuse tells the peer why not, and closes the connection.
+// Refuse tells the peer why not, and closes the connection. A refusal that says
+// that the peer is no peer is logged as well.
 func (in *Incoming) Refuse(ctx context.Context, code RefuseCode, text string) error {
 	var err error = &ClosedError{}
 	in.once.Do(func() {
+		if code == RefuseVersion || code == RefuseMalformed || code == RefuseHost {
+			in.server.warn("a connection was refused", in.conn, "says_it_is", in.Hello.From, "error", text)
+		}
 		err = errors.Join(in.answer(ctx, appendRefuse(nil, code, text)), in.conn.Close())
 	})
 	return err
 }
 
 func (in *Incoming) answer(ctx context.Context, frame []byte) error {
-	release := bound(ctx, in.conn, in.cfg.HandshakeTimeout)
+	release := bound(ctx, in.conn, in.server.cfg.HandshakeTimeout)
 	_, err := in.conn.Write(frame)
 	return release(err)
 }
 
-// Serve accepts connections until ctx ends, then returns ctx's error once all
-// handlers have returned. The listener is closed. Each connection is read and
-// handled in its own goroutine, so that a peer that stalls delays no other.
-func Serve(ctx context.Context, ln net.Listener, cfg Config, handle func(context.Context, *Incoming)) error {
+// server is one call of [Serve].
+type server struct {
+	transport Transport
+	cfg       Config
+	admission
+	complaints Complaints
+}
+
+func (s *server) warn(text string, conn net.Conn, args ...any) {
+	s.complaints.Warn(s.cfg.Logger, origin(conn), text, append([]any{"peer", conn.RemoteAddr()}, args...)...)
+}
+
+// Serve accepts connections of a transport's listener until ctx ends, then
+// returns ctx's error once all handlers have returned. The listener is closed.
+// Each connection is read and handled in its own goroutine, so that a peer that
+// stalls delays no other.
+func Serve(ctx context.Context, t Transport, ln net.Listener, cfg Config, handle func(context.Context, *Incoming)) error {
 	if err := cfg.Validate(); err != nil {
 		_ = ln.Close()
 		return err
 	}
+	s := &server{transport: t, cfg: cfg, admission: admission{most: cfg.MaxHandshakes}}
 	ctx, cancel := context.WithCancel(ctx)
 	var handlers sync.WaitGroup
 	defer handlers.Wait()
@@ -330,25 +349,28 @@ func Serve(ctx context.Context, ln net.Listener, cfg Config, handle func(context
 			_ = ln.Close()
 		}
 	}()
-	slots := make(chan struct{}, cfg.MaxHandshakes)
 	for {
-		select {
-		case slots <- struct{}{}:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
 		conn, err := ln.Accept()
-		if err != nil {
-			if ctx.Err() != nil {
-				return ctx.Err()
+		switch {
+		case ctx.Err() != nil:
+			if err == nil {
+				_ = abort(conn)
 			}
+			return ctx.Err()
+		case passes(err):
+			cfg.Logger.ErrorContext(ctx, "cannot accept agents", "error", err)
+			if err := pause(ctx, acceptPause); err != nil {
+				return err
+			}
+			continue
+		case err != nil:
 			return fmt.Errorf("accepting agents: %w", err)
 		}
+		s.enter(conn)
 		handlers.Go(func() {
-			in, err := accept(ctx, conn, cfg)
-			<-slots
+			in, err := s.accept(ctx, conn)
+			s.leave(conn)
 			if err != nil {
-				cfg.Logger.WarnContext(ctx, "channel handshake failed", "peer", conn.RemoteAddr(), "error", err)
 				return
 			}
 			handle(ctx, in)
@@ -358,25 +380,55 @@ func Serve(ctx context.Context, ln net.Listener, cfg Config, handle func(context
 	}
 }
 
-// accept reads a HELLO. On error the peer was told what it can be told, and the
-// connection is closed.
-func accept(ctx context.Context, conn net.Conn, cfg Config) (*Incoming, error) {
-	in := &Incoming{conn: conn, cfg: cfg}
+// acceptPause is between tries to accept while the machine lacks what it takes.
+const acceptPause = time.Second
+
+// passes tells whether accepting failed for a reason that goes away.
+func passes(err error) bool {
+	for _, e := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ECONNABORTED} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+func pause(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// accept reads a HELLO and finds out whether it is true. On error the peer was
+// told what it can be told, and the connection is closed.
+func (s *server) accept(ctx context.Context, conn net.Conn) (*Incoming, error) {
+	in := &Incoming{conn: conn, server: s}
 	err := setNoDelay(conn)
 	if err == nil {
-		release := bound(ctx, conn, cfg.HandshakeTimeout)
+		release := bound(ctx, conn, s.cfg.HandshakeTimeout)
 		in.Hello, err = readHello(conn)
 		err = release(err)
+	}
+	if err == nil {
+		err = s.transport.Authenticate(conn, in.Hello.From)
 	}
 	switch {
 	case err == nil:
 		return in, nil
+	case errors.Is(err, ErrIdentity):
+		_ = in.Refuse(ctx, RefuseHost, err.Error())
 	case errors.Is(err, ErrVersion):
 		_ = in.Refuse(ctx, RefuseVersion, err.Error())
 	case errors.Is(err, ErrMalformed) && !errors.Is(err, ErrMagic):
 		_ = in.Refuse(ctx, RefuseMalformed, err.Error())
 	default:
 		// Whoever lacks the magic would not understand a refusal.
+		s.warn("channel handshake failed", conn, "error", err)
 		_ = conn.Close()
 	}
 	return nil, err

@@ -31,7 +31,7 @@ func start(t *testing.T, cfg Config, handle func(context.Context, *Incoming)) st
 		t.Fatal(err)
 	}
 	served := make(chan error, 1)
-	go func() { served <- Serve(ctx, ln, cfg, handle) }()
+	go func() { served <- Serve(ctx, Plain(), ln, cfg, handle) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-served; !errors.Is(err, context.Canceled) {
@@ -180,7 +180,7 @@ func TestDialErrors(t *testing.T) {
 // pipeTransport connects to a function.
 type pipeTransport struct{ serve func(net.Conn) }
 
-func (p *pipeTransport) Dial(context.Context, string) (net.Conn, error) {
+func (p *pipeTransport) Dial(context.Context, string, string) (net.Conn, error) {
 	a, b := net.Pipe()
 	go p.serve(b)
 	return a, nil
@@ -189,6 +189,8 @@ func (p *pipeTransport) Dial(context.Context, string) (net.Conn, error) {
 func (p *pipeTransport) Listen(context.Context, string) (net.Listener, error) {
 	return nil, errors.ErrUnsupported
 }
+
+func (p *pipeTransport) Authenticate(net.Conn, string) error { return nil }
 
 func TestHandshakeTimesOut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -8,20 +8,26 @@ import (
 	"net"
 )
 
-// Transport makes the byte streams that everything else here runs over.
+// Transport makes the byte streams that everything else here runs over, and
+// knows who is at the other end.
 type Transport interface {
-	// Dial connects to an address, host:port, within ctx.
-	Dial(ctx context.Context, address string) (net.Conn, error)
+	// Dial connects to the agent of a host at an address, host:port, within ctx.
+	// What answers is proven to be that host.
+	Dial(ctx context.Context, address, host string) (net.Conn, error)
 	// Listen waits for connections at an address.
 	Listen(ctx context.Context, address string) (net.Listener, error)
+	// Authenticate tells whether an accepted connection, from which bytes were
+	// read already, comes from the host that it says it does.
+	Authenticate(conn net.Conn, host string) error
 }
 
-// Plain is TCP without protection, for a network that only the two hosts share.
+// Plain is TCP without protection, for a network that only the hosts share: it
+// believes what it is told.
 func Plain() Transport { return plain{} }
 
 type plain struct{}
 
-func (plain) Dial(ctx context.Context, address string) (net.Conn, error) {
+func (plain) Dial(ctx context.Context, address, _ string) (net.Conn, error) {
 	conn, err := new(net.Dialer).DialContext(ctx, "tcp", address)
 	if err != nil {
 		return nil, fmt.Errorf("connecting to the agent at %s: %w", address, err)
@@ -36,6 +42,8 @@ func (plain) Listen(ctx context.Context, address string) (net.Listener, error) {
 	}
 	return ln, nil
 }
+
+func (plain) Authenticate(net.Conn, string) error { return nil }
 
 // setNoDelay sends each small frame at once: an ack that waits in the kernel
 // delays the guest's packets. TLS connections are looked into.

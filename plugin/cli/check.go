@@ -3,6 +3,7 @@
 package cli
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"ftvirt.org/ftvirt/hooks"
+	"ftvirt.org/ftvirt/plugin/agent/client"
 )
 
 // errProblems: the check was made, and found something.
@@ -49,13 +51,52 @@ func checkCommand() *cli.Command {
 			if problems == nil {
 				problems = []hooks.Problem{} // null: none
 			}
-			err = write(c.App.Writer, format, problems, func(w io.Writer) error { return writeProblems(w, c.Args().First(), problems) })
+			var changes []hooks.Problem
+			if format == formatText {
+				if changes, err = definitionChanges(c.Context, agt, c.Args().First()); err != nil {
+					return err
+				}
+			}
+			err = write(c.App.Writer, format, problems, func(w io.Writer) error {
+				return errors.Join(writeProblems(w, c.Args().First(), problems), writeChanges(w, changes))
+			})
 			if err == nil && len(problems) > 0 {
 				return errProblems
 			}
 			return err
 		},
 	}
+}
+
+// definitionChanges tells what of the guest's hardware 'ftvirt enable' changes.
+func definitionChanges(ctx context.Context, agt *client.Client, name string) ([]hooks.Problem, error) {
+	x, err := agt.XML(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	dom, err := hooks.Parse([]byte(x.XML))
+	if err != nil {
+		return nil, err
+	}
+	return hooks.Changes(dom), nil
+}
+
+func writeChanges(w io.Writer, changes []hooks.Problem) error {
+	for i, p := range changes {
+		if i == 0 {
+			if _, err := io.WriteString(w, "its definition would change, until 'ftvirt disable':\n"); err != nil {
+				return err
+			}
+		}
+		place := p.Path
+		if place == "" {
+			place = p.Code
+		}
+		if _, err := fmt.Fprintf(w, "    %s: %s (%s)\n", printable(place), printable(p.Remedy), printable(p.Reason)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func writeProblems(w io.Writer, name string, problems []hooks.Problem) error {

@@ -24,8 +24,9 @@ Exit codes:
    0  done
    1  it failed; standard error says what, why, and what to do
    2  wrong arguments
-   3  'ftvirt check' or 'ftvirt doctor' found problems
-   4  the agent could not be reached`
+  3  'ftvirt check' or 'ftvirt doctor' found problems
+  4  the agent could not be reached
+  5  'ftvirt verify' found a difference`
 
 // App returns the whole command. Run runs it as a program.
 func App() *cli.App {
@@ -36,8 +37,8 @@ func App() *cli.App {
 		HideVersion: true,
 		Commands: []*cli.Command{
 			enableCommand(), disableCommand(), suspendCommand(), resumeCommand(), failoverCommand(),
-			restartBackupCommand(), migrateBackupCommand(), statusCommand(), listCommand(), checkCommand(), doctorCommand(), eventsCommand(), diagnoseCommand(),
-			xmlCommand(), logCommand(), arbiterCommand(), witnessCommand(), configCommand(), agentCommand(), labcli.Command(),
+			restartBackupCommand(), migrateBackupCommand(), statusCommand(), listCommand(), checkCommand(), doctorCommand(), eventsCommand(), verifyCommand(), diagnoseCommand(),
+			xmlCommand(), virshCommand(), logCommand(), arbiterCommand(), witnessCommand(), pkiCommand(), configCommand(), agentCommand(), labcli.Command(),
 		},
 		Action: unknownCommand,
 		// Run reports errors and chooses the exit code.

@@ -144,22 +144,22 @@ var webID = plugin.UUID{0x6d, 0x1f, 0x0a, 0x0e, 0x2a, 0x6c, 0x4b, 0x0e, 0x8f, 0x
 func protected() client.Status {
 	return client.Status{
 		Domain: "web", UUID: webID, Host: "hosta", Role: plugin.RolePrimary, State: "protected", Reason: "none", Epoch: 3, Peer: "hostb",
-		Mode: "record", Position: 1048576, Acked: 1048000, Lag: 12.4, LogRate: 8300, OutputDelay: 4.25, OutputDelayMax: 17.9,
-		OutputQueue: 2, Instructions: 98765432101, ClonePause: 87.125,
+		Mode: "record", Channel: "tls", Position: 1048576, Acked: 1048000, Lag: 12.4, LogRate: 8300, OutputDelay: 4.25, OutputDelayMax: 17.9,
+		OutputQueue: 2, Instructions: 98765432101, Compared: 1234, ClonePause: 87.125,
 	}
 }
 
 func live() client.Status {
 	return client.Status{
 		Domain: "database", Host: "hosta", Role: plugin.RolePrimary, State: "live", Reason: "backup-lost", Epoch: 12, Peer: "hostc",
-		Mode: "idle", Failure: "migrate: connection\nlost",
+		Mode: "idle", Channel: "tls", Failure: "migrate: connection\nlost",
 	}
 }
 
 func cloning() client.Status {
 	return client.Status{
 		Domain: "mail", Host: "hosta", Role: plugin.RoleBackup, State: "cloning", Reason: "initialising", Epoch: 1, Peer: "hostb",
-		Mode: "replay", ClonePhase: "memory", CloneTransferred: 300, CloneRemaining: 100, LogRate: 3 << 20,
+		Mode: "replay", Channel: "tls", ClonePhase: "memory", CloneTransferred: 300, CloneRemaining: 100, LogRate: 3 << 20,
 	}
 }
 
@@ -198,6 +198,19 @@ func TestStatus(t *testing.T) {
 	}
 }
 
+func TestStatusWarnsOfPlaintext(t *testing.T) {
+	t.Parallel()
+	s := protected()
+	s.Channel = "plaintext"
+	f := serve(t, map[string]any{"GET /v1/status": []client.Status{live(), s}, "GET /v1/status/web": s})
+	for _, args := range [][]string{{"status"}, {"status", "web"}, {"status", "-o", "json"}} {
+		r := run(t, "", append(args, "--socket", f.socket)...)
+		if r.code != exitOK || !strings.HasPrefix(r.errors, "warning: ") || strings.Contains(r.out, "warning") {
+			t.Errorf("%s: %+v", args, r)
+		}
+	}
+}
+
 func TestStatusOfNothing(t *testing.T) {
 	t.Parallel()
 	f := serve(t, map[string]any{"GET /v1/status": []client.Status{}})
@@ -211,7 +224,12 @@ func TestStatusOfNothing(t *testing.T) {
 
 func TestCheck(t *testing.T) {
 	t.Parallel()
+	definition := func(devices string) agent.DomainXML {
+		return agent.DomainXML{XML: `<domain type="qemu"><clock offset="utc"><timer name="hpet" present="no"/></clock><devices>` + devices + `<memballoon model="none"/></devices></domain>`}
+	}
 	f := serve(t, map[string]any{
+		"GET /v1/xml/web": definition(""), "GET /v1/xml/new": definition(""),
+		"GET /v1/xml/two":   definition(`<video><model type="qxl"/></video><rng model="virtio"><backend model="random">/dev/urandom</backend></rng>`),
 		"GET /v1/check/web": "null\n",
 		"GET /v1/check/new": []hooks.Problem{{Code: "missing-peer", Reason: "no host is named", Remedy: "name one"}},
 		"GET /v1/check/two?peer=host+b": []hooks.Problem{

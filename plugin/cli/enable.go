@@ -27,7 +27,8 @@ func enableCommand() *cli.Command {
 		Usage:     "protect a domain with a backup on another host",
 		ArgsUsage: "DOMAIN --peer HOST",
 		Description: "A running domain is cloned to the peer while it runs. The definition of a domain that is\n" +
-			"not running is made ready for it; protection then begins with 'ftvirt enable' after its start.",
+			"not running is made ready for it, and it is cloned once it is started. With --wait, a terminal\n" +
+			"shows a bar, and anything else a line for each tenth.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "peer", Usage: "the `HOST` to run the backup, as ftvirt.toml calls it"},
 			&cli.BoolFlag{Name: "wait", Usage: "return only when the domain is protected, or the clone failed"},
@@ -106,7 +107,7 @@ func prepare(ctx context.Context, c *cli.Context, agt *client.Client, dom client
 		return err
 	}
 	_, err := fmt.Fprintf(c.App.Writer, "domain %s is not running; its definition is ready for protection now.\n"+
-		"Protection begins with 'ftvirt enable %s --peer %s' after its start.\n", dom.Domain, dom.Domain, peer)
+		"It is cloned to %s once it is started; with protect.auto = false, by 'ftvirt enable' again.\n", dom.Domain, peer)
 	return err
 }
 

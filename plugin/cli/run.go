@@ -24,6 +24,7 @@ const (
 	exitUsage
 	exitProblems
 	exitAgent
+	exitDiffers
 )
 
 // Run runs the command as a program and returns its exit code. Errors go to
@@ -48,6 +49,8 @@ func exitCode(err error) int {
 		return exitUsage
 	case errors.Is(err, errProblems), errors.Is(err, errIll):
 		return exitProblems
+	case errors.Is(err, errDiffers):
+		return exitDiffers
 	case errors.As(err, &noAnswer):
 		return exitAgent
 	}
@@ -56,8 +59,8 @@ func exitCode(err error) int {
 
 // report writes an error as virsh does.
 func report(w io.Writer, err error) {
-	if err == nil || errors.Is(err, errProblems) || errors.Is(err, errIll) {
-		return // the problems were the output
+	if err == nil || errors.Is(err, errProblems) || errors.Is(err, errIll) || errors.Is(err, errDiffers) {
+		return // what was found was the output
 	}
 	// What is joined of several errors has one on each line.
 	_, _ = fmt.Fprintf(w, "error: %s\n", strings.ReplaceAll(explain(err), "\n", "\n       "))

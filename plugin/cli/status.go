@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os/signal"
+	"slices"
 	"strconv"
 	"syscall"
 
@@ -91,6 +92,7 @@ func statusCommand() *cli.Command {
 				if err != nil {
 					return err
 				}
+				warnPlaintext(c, list...)
 				if format == formatCSV {
 					return writeCSV(c.App.Writer, list)
 				}
@@ -100,6 +102,7 @@ func statusCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
+			warnPlaintext(c, s)
 			if format == formatCSV {
 				return writeCSV(c.App.Writer, []client.Status{s})
 			}
@@ -133,6 +136,17 @@ func statusTemplate(c *cli.Context, agt *client.Client, text string) error {
 	return nil
 }
 
+// warnPlaintext says on standard error what must not be overlooked.
+func warnPlaintext(c *cli.Context, list ...client.Status) {
+	if slices.ContainsFunc(list, func(s client.Status) bool { return s.Channel == "plaintext" }) {
+		_, _ = fmt.Fprintln(c.App.ErrWriter, "warning: the logging channel is in plaintext (plaintext = true in [channel]): "+
+			"who reads its network sees the memory of guests, who writes to it controls them")
+	}
+}
+
+// annotationWrong stands in the table; the status of the domain tells more.
+const annotationWrong = "annotation not understood"
+
 func statusTable(w io.Writer, list []client.Status) error {
 	t := newTable(w, "DOMAIN", "ROLE", "PRIMARY", "BACKUP", "STATE", "EPOCH", "LAG", "LOG RATE", "OUTPUT DELAY", "POSITION")
 	for _, s := range list {
@@ -140,6 +154,9 @@ func statusTable(w io.Writer, list []client.Status) error {
 		state := stateOf(s)
 		if s.State == "cloning" {
 			state = fmt.Sprintf("cloning %d %%", percent(s))
+		}
+		if s.AnnotationError != "" {
+			state += ", " + annotationWrong
 		}
 		t.row(s.Domain, string(s.Role), primary, backup, state, strconv.FormatUint(uint64(s.Epoch), 10),
 			milliseconds(s.Lag), byteRate(s.LogRate), milliseconds(s.OutputDelay), strconv.FormatUint(uint64(s.Position), 10))
@@ -157,6 +174,9 @@ func statusOf(w io.Writer, s client.Status) error {
 	f.add("Primary", primary)
 	f.add("Backup", backup)
 	f.add("State", stateOf(s))
+	if s.AnnotationError != "" {
+		f.add("Annotation", s.AnnotationError+"; the domain is treated as before; correct it with 'virsh edit' or 'virsh metadata'")
+	}
 	if s.Failure != "" {
 		f.add("Failure", s.Failure)
 	}
@@ -168,6 +188,7 @@ func statusOf(w io.Writer, s client.Status) error {
 	}
 	f.add("Epoch", strconv.FormatUint(uint64(s.Epoch), 10))
 	f.add("Plugin mode", s.Mode)
+	f.add("Channel", dash(s.Channel))
 	if s.Role == plugin.RoleNone {
 		return f.flush()
 	}
@@ -180,6 +201,7 @@ func statusOf(w io.Writer, s client.Status) error {
 	f.add("Output queue", fmt.Sprintf("%d waiting, %d dropped", s.OutputQueue, s.OutputDropped))
 	f.add("Position", fmt.Sprintf("%d, acknowledged %d", s.Position, s.Acked))
 	f.add("Instructions", strconv.FormatUint(s.Instructions, 10))
+	f.add("Compared", fmt.Sprintf("registers equal %d times", s.Compared))
 	f.add("Clone pause", milliseconds(s.ClonePause))
 	return f.flush()
 }

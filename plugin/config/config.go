@@ -69,11 +69,6 @@ type Agent struct {
 	LogLevel   slog.Level `toml:"log_level"`
 }
 
-// HookSocket is where the libvirt hook tells the agent what libvirt does. The
-// agent listens there on a stream socket; each connection carries one line of
-// JSON.
-func (a Agent) HookSocket() string { return filepath.Join(a.RunDir, hookSocket) }
-
 // Channel configures the logging channel between agents.
 type Channel struct {
 	Listen string `toml:"listen"`
@@ -81,8 +76,15 @@ type Channel struct {
 	// ReceiveBuffer what the backup's host holds unreplayed.
 	SendBuffer    Size `toml:"send_buffer"`
 	ReceiveBuffer Size `toml:"receive_buffer"`
-	// Plaintext allows the channel to run without TLS. It is never implied.
+	// Plaintext makes the channel run without TLS. It is never implied.
 	Plaintext bool `toml:"plaintext"`
+	// The files of TLS, PEM, in libvirt's places unless the file says otherwise.
+	CACert     string `toml:"ca_cert"`
+	CRL        string `toml:"crl"` // may be missing
+	ServerCert string `toml:"server_cert"`
+	ServerKey  string `toml:"server_key"`
+	ClientCert string `toml:"client_cert"`
+	ClientKey  string `toml:"client_key"`
 	// ReconnectGrace is how long a broken connection may take to come back
 	// before it counts as the loss of the other side.
 	ReconnectGrace time.Duration `toml:"reconnect_grace"`
@@ -174,12 +176,14 @@ type Web struct {
 type Peer struct {
 	Channel   string `toml:"channel"`
 	Heartbeat string `toml:"heartbeat"`
+	// CertificateName is the DNS name or IP address that the peer's certificates
+	// are for; empty means the peer's name.
+	CertificateName string `toml:"certificate_name"`
 }
 
 const (
 	adminSocket  = "agent.sock"
 	pluginSocket = "plugin.sock"
-	hookSocket   = "hook.sock"
 )
 
 // Default gives the values that hold where the file says nothing. Host is the
@@ -204,6 +208,12 @@ func Default() Config {
 			Listen:         ":7700",
 			SendBuffer:     16 * MiB,
 			ReceiveBuffer:  64 * MiB,
+			CACert:         "/etc/pki/CA/cacert.pem",
+			CRL:            "/etc/pki/CA/cacrl.pem",
+			ServerCert:     "/etc/pki/libvirt/servercert.pem",
+			ServerKey:      "/etc/pki/libvirt/private/serverkey.pem",
+			ClientCert:     "/etc/pki/libvirt/clientcert.pem",
+			ClientKey:      "/etc/pki/libvirt/private/clientkey.pem",
 			ReconnectGrace: 200 * time.Millisecond,
 		},
 		Heartbeat: Heartbeat{
@@ -267,4 +277,12 @@ func (c Config) Peer(name string) (Peer, error) {
 			ErrUnknownPeer, name, strings.Join(known, ", "), tomlKey(name))
 	}
 	return p, nil
+}
+
+// CertificateName is what a host's certificates are to be for.
+func (c Config) CertificateName(host string) string {
+	if name := c.Peers[host].CertificateName; name != "" {
+		return name
+	}
+	return host
 }

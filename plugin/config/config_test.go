@@ -5,6 +5,7 @@ package config
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -41,7 +42,7 @@ func TestExample(t *testing.T) {
 	}
 	want := Default()
 	want.Arbiter.Path = "/mnt/ftvirt-arbiter"
-	want.Peers = map[string]Peer{"hostb": {Channel: "192.0.2.2:7700", Heartbeat: "192.0.2.2:7701"}}
+	want.Peers = map[string]Peer{"hostb": {Channel: "192.0.2.2:7700", Heartbeat: "192.0.2.2:7701", CertificateName: "hostb"}}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("the example differs from the defaults:\n got %+v\nwant %+v", got, want)
 	}
@@ -106,7 +107,7 @@ func TestLoadCompletes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.Agent.AdminSocket != "/run/x/agent.sock" || c.Agent.PluginSocket != "/run/y/p.sock" || c.Agent.HookSocket() != "/run/x/hook.sock" {
+	if c.Agent.AdminSocket != "/run/x/agent.sock" || c.Agent.PluginSocket != "/run/y/p.sock" {
 		t.Errorf("sockets: %+v", c.Agent)
 	}
 	if c.Agent.LogLevel != slog.LevelDebug || c.Heartbeat.Timeout != 500*time.Millisecond {
@@ -157,6 +158,23 @@ func TestUnknownKeysAreReportedTogetherAndInOrder(t *testing.T) {
 		"f:4: unknown key agent.wwwwwwww; remove it, or see ftvirt.toml.example for the known ones"
 	if err == nil || err.Error() != want {
 		t.Errorf("got\n%v\nwant\n%s", err, want)
+	}
+}
+
+// TestLongFilesAreReadQuickly: the hook reads the file while libvirt waits.
+func TestLongFilesAreReadQuickly(t *testing.T) {
+	t.Parallel()
+	var text strings.Builder
+	for i := 0; text.Len() < maxFile-20; i++ {
+		fmt.Fprintf(&text, "k%d=1\n", i)
+	}
+	began := time.Now()
+	_, err := Parse("f", []byte(text.String()))
+	if !errors.Is(err, ErrUnknownKey) || len(strings.Split(err.Error(), "\n")) != maxUnknown {
+		t.Errorf("%.100v", err)
+	}
+	if took := time.Since(began); took > 20*time.Second {
+		t.Errorf("it took %v", took)
 	}
 }
 
@@ -211,6 +229,13 @@ func TestValidate(t *testing.T) {
 		"channel.send_buffer":       func(c *Config) { c.Channel.SendBuffer = 10 },
 		"channel.receive_buffer":    func(c *Config) { c.Channel.ReceiveBuffer = c.Channel.SendBuffer - 1 },
 		"channel.reconnect_grace":   func(c *Config) { c.Channel.ReconnectGrace = c.Heartbeat.Timeout },
+		"channel.ca_cert":           func(c *Config) { c.Channel.CACert = "ca.pem" },
+		"channel.crl":               func(c *Config) { c.Channel.CRL = "" },
+		"channel.server_cert":       func(c *Config) { c.Channel.ServerCert = "" },
+		"channel.server_key":        func(c *Config) { c.Channel.ServerKey = "" },
+		"channel.client_cert":       func(c *Config) { c.Channel.ClientCert = "" },
+		"channel.client_key":        func(c *Config) { c.Channel.ClientKey = "" },
+		"peers.b.certificate_name":  func(c *Config) { c.Peers["b"] = Peer{Channel: "b:1", Heartbeat: "b:2", CertificateName: "*.b"} },
 		"heartbeat.listen":          func(c *Config) { c.Heartbeat.Listen = ":0" },
 		"heartbeat.interval":        func(c *Config) { c.Heartbeat.Interval = 50 },
 		"heartbeat.timeout":         func(c *Config) { c.Heartbeat.Interval = 200 * time.Millisecond },
@@ -322,6 +347,10 @@ func TestPeer(t *testing.T) {
 	}
 	if p, err := c.Peer("hostb"); err != nil || p.Channel != "b:1" || p.Heartbeat != "b:2" {
 		t.Errorf("got %+v, %v", p, err)
+	}
+	c.Peers["hostb"] = Peer{CertificateName: "b.example.org"}
+	if b, x := c.CertificateName("hostb"), c.CertificateName("hostx"); b != "b.example.org" || x != "hostx" {
+		t.Errorf("names of certificates: %q, %q", b, x)
 	}
 	for _, name := range []string{"hosta", "hostc", ""} {
 		if _, err := c.Peer(name); !errors.Is(err, ErrUnknownPeer) {

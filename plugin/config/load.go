@@ -26,6 +26,7 @@ var ErrUnknownKey = errors.New("unknown key")
 // UnknownKeyError names a key of the file that ftvirt does not know.
 type UnknownKeyError struct {
 	File string
+	// Line is 0 if the file is too long to look for it.
 	Line int
 	Key  string
 	// Similar is the known key that was most likely meant, or empty.
@@ -33,7 +34,11 @@ type UnknownKeyError struct {
 }
 
 func (e *UnknownKeyError) Error() string {
-	msg := fmt.Sprintf("%s:%d: unknown key %s; ", e.File, e.Line, e.Key)
+	at := e.File
+	if e.Line > 0 {
+		at += ":" + strconv.Itoa(e.Line)
+	}
+	msg := fmt.Sprintf("%s: unknown key %s; ", at, e.Key)
 	if e.Similar != "" {
 		return msg + "did you mean " + e.Similar + "?"
 	}
@@ -122,8 +127,13 @@ func Parse(name string, text []byte) (Config, error) {
 	return c, nil
 }
 
+// maxUnknown bounds how many unknown keys are told of: more are another kind of
+// file.
+const maxUnknown = 50
+
 // unknownKeys builds one error for each key, in the order of the file.
 func unknownKeys(name, text string, keys []toml.Key) error {
+	keys = keys[:min(len(keys), maxUnknown)]
 	lines := keyLines(text, keys)
 	var all []*UnknownKeyError
 	for i, k := range keys {
@@ -143,17 +153,30 @@ func unknownKeys(name, text string, keys []toml.Key) error {
 	return errors.Join(errs...)
 }
 
+// maxLooks bounds what is spent on telling lines: the time for each grows with the
+// file.
+const maxLooks = 500
+
 // keyLines finds the line that defines each key, by decoding ever longer parts
 // of the text: the decoder does not tell positions, and a parser of our own
 // would not agree with it about quoting and inline tables.
 func keyLines(text string, keys []toml.Key) []int {
 	found := make([]int, len(keys))
 	end, statement := 0, 1 // statement is the line after the last whole one
+	whole := true
+	looks := 0
 	for n, line := range strings.SplitAfter(text, "\n") {
 		end += len(line)
+		if bare := strings.TrimSpace(line); whole && (bare == "" || bare[0] == '#') {
+			statement = n + 2
+			continue
+		}
+		if looks++; looks > maxLooks {
+			break
+		}
 		var discard map[string]any
 		md, err := toml.Decode(text[:end], &discard)
-		if err != nil {
+		if whole = err == nil; !whole {
 			continue // inside a value of several lines
 		}
 		for i, k := range keys {

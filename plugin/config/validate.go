@@ -48,6 +48,13 @@ const (
 
 var hostName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]{0,62})$`)
 
+var certName = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9._-]{0,252})$`)
+
+// ValidCertificateName tells whether a certificate can be for that name.
+func ValidCertificateName(name string) bool {
+	return net.ParseIP(name) != nil || certName.MatchString(name)
+}
+
 // Validate checks each value and how values relate. It returns all that is
 // wrong, each a *FieldError, joined.
 func (c Config) Validate() error {
@@ -67,7 +74,7 @@ func (c Config) Validate() error {
 	v.socket("agent.admin_socket", c.Agent.AdminSocket)
 	v.socket("agent.plugin_socket", c.Agent.PluginSocket)
 	if c.Agent.RunDir != "" {
-		v.socketLength("agent.run_dir", c.Agent.HookSocket())
+		v.socketLength("agent.run_dir", filepath.Join(c.Agent.RunDir, longestSocket))
 	}
 	v.check(c.Agent.AdminSocket != c.Agent.PluginSocket, "agent.plugin_socket", "it is the same as agent.admin_socket",
 		"give each its own path: QEMU must never reach the admin socket")
@@ -78,6 +85,16 @@ func (c Config) Validate() error {
 	v.check(c.Channel.ReceiveBuffer >= c.Channel.SendBuffer, "channel.receive_buffer",
 		fmt.Sprintf("%s is less than channel.send_buffer (%s)", c.Channel.ReceiveBuffer, c.Channel.SendBuffer),
 		"after a reconnect it must take all that was not acknowledged: make it at least as large")
+	for _, f := range []struct{ field, path string }{
+		{"channel.ca_cert", c.Channel.CACert},
+		{"channel.crl", c.Channel.CRL},
+		{"channel.server_cert", c.Channel.ServerCert},
+		{"channel.server_key", c.Channel.ServerKey},
+		{"channel.client_cert", c.Channel.ClientCert},
+		{"channel.client_key", c.Channel.ClientKey},
+	} {
+		v.path(f.field, f.path)
+	}
 	v.period("channel.reconnect_grace", c.Channel.ReconnectGrace)
 	v.check(c.Channel.ReconnectGrace < c.Heartbeat.Timeout, "channel.reconnect_grace",
 		fmt.Sprintf("%s is not less than heartbeat.timeout (%s)", c.Channel.ReconnectGrace, c.Heartbeat.Timeout),
@@ -129,6 +146,9 @@ func (c Config) Validate() error {
 			"use 1 to 63 letters, digits, dots, underscores and dashes")
 		v.dial(key+".channel", c.Peers[name].Channel)
 		v.dial(key+".heartbeat", c.Peers[name].Heartbeat)
+		cert := c.Peers[name].CertificateName
+		v.check(cert == "" || ValidCertificateName(cert), key+".certificate_name",
+			fmt.Sprintf("%q is neither a DNS name nor an IP address", cert), "use one that is among the alternative names of its certificates")
 	}
 	return errors.Join(v.errs...)
 }
@@ -247,3 +267,7 @@ func validPort(port string) bool {
 	n, err := strconv.ParseUint(port, 10, 16)
 	return err == nil && n > 0
 }
+
+// longestSocket is the longest name below run_dir: of a clone's socket, in a
+// directory that is named after the domain.
+const longestSocket = "clone-00000000-0000-0000-0000-000000000000/migrate.sock"

@@ -87,6 +87,47 @@ func TestHello(t *testing.T) {
 	}
 }
 
+// TestOwner: only the QEMU of a domain may speak for it, whatever HELLO says.
+func TestOwner(t *testing.T) {
+	own := plugin.UUID(bytes.Repeat([]byte{0x11}, 16))
+	stranger := errors.New("no QEMU of libvirt's")
+	for name, c := range map[string]struct {
+		owner func(int) (plugin.UUID, error)
+		want  error
+	}{
+		"own":      {func(int) (plugin.UUID, error) { return own, nil }, nil},
+		"another":  {func(int) (plugin.UUID, error) { return plugin.UUID{1}, nil }, ErrOwner},
+		"stranger": {func(int) (plugin.UUID, error) { return own, stranger }, stranger},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l, err := Listen(filepath.Join(t.TempDir(), "plugin.sock"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = l.Close() }()
+			l.Owner = func(pid int) (plugin.UUID, error) {
+				if pid != os.Getpid() {
+					t.Errorf("process %d", pid)
+				}
+				return c.owner(pid)
+			}
+			result := make(chan error, 1)
+			go func() {
+				_ = l.Serve(func(*Session) { result <- nil }, func(err error) { result <- err })
+			}()
+			conn, err := net.Dial("unix", l.l.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = conn.Close() }()
+			_, _ = conn.Write(frame(frameHello, hello()...)) // it may be closed already
+			if err := <-result; !errors.Is(err, c.want) {
+				t.Errorf("%v, want %v", err, c.want)
+			}
+		})
+	}
+}
+
 func TestHelloRefused(t *testing.T) {
 	old := hello()
 	old[1] = Protocol + 1
@@ -133,6 +174,9 @@ func TestCommands(t *testing.T) {
 		{"open", func() error { return s.Open(7) }, frame(frameOpen, 0, 0, 0, 0, 0, 0, 0, 7)},
 		{"idle", s.Idle, frame(frameIdle)},
 		{"configure", func() error { return s.Configure(3*time.Second, 50*time.Millisecond) }, frame(frameConfig, 0, 0, 0x0b, 0xb8, 0, 0, 0, 50)},
+		{"check", func() error { return s.Check(258) }, frame(frameCheck, 0, 0, 0, 0, 0, 0, 1, 2)},
+		{"hold", func() error { return s.Hold(2 * time.Second) }, frame(frameHold, 0, 0, 7, 0xd0)},
+		{"look", func() error { return s.Look(9, 4096) }, frame(frameLook, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0x10, 0)},
 		{"pace", func() error { return s.Pace(0.3) }, frame(framePace, 1, 44)},
 		{"pace too much", func() error { return s.Pace(2) }, frame(framePace, 3, 132)},
 	} {
@@ -232,6 +276,9 @@ func FuzzReports(f *testing.F) {
 	f.Add(byte(frameStats), make([]byte, 72))
 	f.Add(byte(frameStats), make([]byte, 72+8*DelayClasses))
 	f.Add(byte(frameDiverged), make([]byte, 24))
+	f.Add(byte(frameDigest), make([]byte, 24))
+	f.Add(byte(frameMemory), append(append(make([]byte, 24), 1, 'm'), make([]byte, HashSize)...))
+	f.Add(byte(frameLooked), make([]byte, 24+1+8*23))
 	f.Add(byte(frameError), []byte{1})
 	f.Add(byte(0xff), []byte{})
 	f.Fuzz(func(t *testing.T, kind byte, payload []byte) {
@@ -249,4 +296,60 @@ func FuzzReports(f *testing.F) {
 			t.Errorf("%T: %v", err, err)
 		}
 	})
+}
+
+// TestStrangersLeaveNothing: whoever is refused holds no file descriptor of the
+// agent's.
+func TestStrangersLeaveNothing(t *testing.T) {
+	open := func() int {
+		list, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(list)
+	}
+	l, err := Listen(filepath.Join(t.TempDir(), "plugin.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	l.Owner = func(int) (plugin.UUID, error) { return plugin.UUID{}, ErrOwner }
+	refused := make(chan error)
+	go func() {
+		_ = l.Serve(func(*Session) { t.Error("a stranger was let in") }, func(err error) { refused <- err })
+	}()
+	before := open()
+	for range 200 {
+		conn, err := net.Dial("unix", l.l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := <-refused; !errors.Is(err, ErrOwner) {
+			t.Fatal(err)
+		}
+		_ = conn.Close()
+	}
+	if after := open(); after > before+10 {
+		t.Errorf("%d file descriptors before, %d after", before, after)
+	}
+}
+
+func TestLookReports(t *testing.T) {
+	payload := []byte{0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 6}
+	payload = append(append(payload, "pc.ram"...), bytes.Repeat([]byte{7}, HashSize)...)
+	m, err := parseMemory(payload)
+	if err != nil || m.ID != 9 || m.Size != 0x2000 || m.Offset != 0x1000 || m.Name != "pc.ram" || len(m.Hashes) != HashSize {
+		t.Errorf("%+v, %v", m, err)
+	}
+	for _, cut := range []int{1, HashSize + 1, len(payload) - 20} {
+		if _, err := parseMemory(payload[:len(payload)-cut]); !errors.Is(err, ErrMalformed) {
+			t.Errorf("cut by %d bytes: %v", cut, err)
+		}
+	}
+	looked := make([]byte, 24+1+8*23)
+	looked[7], looked[24], looked[len(looked)-1] = 9, 6, 5
+	l, err := parseLooked(looked)
+	if err != nil || l.ID != 9 || l.Running || !l.Busy || !l.Moved || l.Registers[22] != 5 {
+		t.Errorf("%+v, %v", l, err)
+	}
 }

@@ -31,6 +31,9 @@ const (
 	frameStats
 	frameDiverged
 	frameError
+	frameDigest
+	frameMemory
+	frameLooked
 )
 
 const (
@@ -44,6 +47,9 @@ const (
 	frameIdle
 	frameConfig
 	framePace
+	frameCheck
+	frameHold
+	frameLook
 )
 
 // Errors of the protocol. A *FrameError wraps one of them.
@@ -161,6 +167,39 @@ type Diverged struct {
 	Instructions uint32 // instructions the log wants before it
 }
 
+// Digest is a hash of the registers when the event that ends at Pos had just
+// been logged, on the primary, or consumed, on the backup.
+type Digest struct {
+	Pos       plugin.Position
+	Icount    uint64
+	Registers uint64
+}
+
+// HashSize is the length of the hash of a chunk, which is SHA-256.
+const HashSize = 32
+
+// Memory is a part of the answer to a Look: hashes of a block of memory.
+type Memory struct {
+	ID     uint64
+	Size   uint64 // of the block, in bytes
+	Offset uint64 // of the first chunk
+	Name   string
+	Hashes []byte // valid during the call only
+}
+
+// Looked ends the answer to a Look.
+type Looked struct {
+	ID      uint64
+	Pos     plugin.Position
+	Icount  uint64
+	Running bool // it does not stand still, and is no backup
+	Busy    bool // disk requests were in flight, and nothing was hashed
+	Moved   bool // it executed something meanwhile, or memory could not be hashed
+	// Registers are the general ones in the CPU's order, RIP, the flags of the
+	// system, and CR0 to CR4.
+	Registers [23]uint64
+}
+
 type reader struct {
 	p   []byte
 	bad bool
@@ -261,6 +300,34 @@ func parseDiverged(p []byte) (Diverged, error) {
 	r := &reader{p: p}
 	d := Diverged{Pos: r.pos(), Icount: r.uint(8), Kind: uint32(r.uint(4)), Instructions: uint32(r.uint(4))}
 	return d, r.err()
+}
+
+func parseDigest(p []byte) (Digest, error) {
+	r := &reader{p: p}
+	d := Digest{Pos: r.pos(), Icount: r.uint(8), Registers: r.uint(8)}
+	return d, r.err()
+}
+
+func parseMemory(p []byte) (Memory, error) {
+	r := &reader{p: p}
+	m := Memory{ID: r.uint(8), Size: r.uint(8), Offset: r.uint(8)}
+	n := int(r.uint(1))
+	if r.bad || len(r.p) < n || (len(r.p)-n)%HashSize != 0 {
+		return m, ErrMalformed
+	}
+	m.Name, m.Hashes = string(r.p[:n]), r.p[n:]
+	return m, nil
+}
+
+func parseLooked(p []byte) (Looked, error) {
+	r := &reader{p: p}
+	l := Looked{ID: r.uint(8), Pos: r.pos(), Icount: r.uint(8)}
+	flags := r.uint(1)
+	l.Running, l.Busy, l.Moved = flags&1 != 0, flags&2 != 0, flags&4 != 0
+	for i := range l.Registers {
+		l.Registers[i] = r.uint(8)
+	}
+	return l, r.err()
 }
 
 // readFrame reads one frame into buf, growing it if need be. The payload is

@@ -43,6 +43,9 @@ type Handler struct {
 	Consumed func(Consumed)
 	Stats    func(Stats)
 	Diverged func(Diverged)
+	Digest   func(Digest)
+	Memory   func(Memory)
+	Looked   func(Looked)
 	Refused  func(error) // wraps ErrPlugin
 }
 
@@ -171,6 +174,27 @@ func (s *Session) Pace(part float64) error {
 	return s.sendBytes(framePace, binary.BigEndian.AppendUint16(nil, uint16(1000*min(max(part, 0), PaceMost))))
 }
 
+// Check asks a backup for its Digest where the event that ends at pos is
+// consumed. It has to be sent before the log that leads there is fed.
+func (s *Session) Check(pos plugin.Position) error { return s.send(frameCheck, uint64(pos)) }
+
+// Hold makes a recording VM stand still for at most limit, from when it has no
+// disk request in flight; its State says [Held] then. 0 lets it go on.
+func (s *Session) Hold(limit time.Duration) error {
+	return s.sendBytes(frameHold, binary.BigEndian.AppendUint32(nil, uint32(limit.Milliseconds())))
+}
+
+// Held is the text of the State of a VM that stands still by Hold.
+const Held = "held"
+
+// Look asks for hashes of memory, in chunks, and for the registers of where the
+// VM stands: Memory again and again, then Looked. Images on disk are complete
+// then. A Look ends the answer to the one before; that with the id 0 does
+// nothing else.
+func (s *Session) Look(id uint64, chunk uint32) error {
+	return s.sendBytes(frameLook, binary.BigEndian.AppendUint32(nil, chunk), id)
+}
+
 // Run reads what the plugin says until the connection ends or ctx does. It
 // returns io.EOF when the plugin went away, as it does when QEMU ends.
 func (s *Session) Run(ctx context.Context, h Handler) error {
@@ -211,6 +235,12 @@ func (h *Handler) dispatch(t frameType, p []byte) error {
 		err = deliver(p, parseStats, h.Stats)
 	case frameDiverged:
 		err = deliver(p, parseDiverged, h.Diverged)
+	case frameDigest:
+		err = deliver(p, parseDigest, h.Digest)
+	case frameMemory:
+		err = deliver(p, parseMemory, h.Memory)
+	case frameLooked:
+		err = deliver(p, parseLooked, h.Looked)
 	case frameError:
 		if len(p) < 1 {
 			err = ErrMalformed
@@ -234,8 +264,15 @@ func deliver[T any](p []byte, parse func([]byte) (T, error), to func(T)) error {
 	return err
 }
 
+// ErrOwner: a process speaks for a domain that is not its own.
+var ErrOwner = errors.New("not the QEMU of that domain")
+
 // Listener accepts plugins on a unix socket.
 type Listener struct {
+	// Owner tells whose QEMU a process is, or why it is none. It is asked before
+	// anything is read: any user of the host can connect. Nil believes HELLO.
+	Owner func(pid int) (plugin.UUID, error)
+
 	l net.Listener
 }
 
@@ -265,71 +302,101 @@ func (l *Listener) Close() error { return l.l.Close() }
 func (l *Listener) Serve(handle func(*Session), report func(error)) error {
 	for {
 		conn, err := l.l.Accept()
-		if err != nil {
-			if errors.Is(err, net.ErrClosed) {
-				return nil
-			}
+		switch {
+		case errors.Is(err, net.ErrClosed):
+			return nil
+		case errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ENOMEM):
+			// It passes; the plugins come again.
+			report(fmt.Errorf("plugin socket: %w", err))
+			<-time.After(acceptPause)
+			continue
+		case err != nil:
 			return fmt.Errorf("plugin socket: %w", err)
 		}
+		// Strangers get no further than here, one after the other: there may be
+		// thousands.
+		s, owner, err := l.admit(conn)
+		if err != nil {
+			_ = conn.Close()
+			report(err)
+			continue
+		}
 		go func() {
-			s, err := accept(conn)
-			if err != nil {
-				_ = conn.Close()
+			defer func() { _ = s.Close() }()
+			if err := s.greet(); err != nil {
 				report(err)
 				return
 			}
-			defer func() { _ = s.Close() }()
+			if l.Owner != nil && s.hello.Domain != owner {
+				report(fmt.Errorf("plugin hello for %s from the QEMU of %s: %w", s.hello.Domain, owner, ErrOwner))
+				return
+			}
 			handle(s)
 		}()
 	}
 }
 
-func accept(conn net.Conn) (*Session, error) {
-	s := &Session{conn: conn, r: bufio.NewReaderSize(conn, 256<<10)}
-	if err := conn.SetReadDeadline(time.Now().Add(helloTimeout)); err != nil {
-		return nil, fmt.Errorf("plugin hello: %w", err)
-	}
-	var buf []byte
-	t, p, err := readFrame(s.r, &buf)
+// acceptPause is between tries to accept while the machine lacks what it takes.
+const acceptPause = 100 * time.Millisecond
+
+// admit finds out who is at the other end, as the kernel names it: the pid in
+// HELLO may be of another namespace, or a lie.
+func (l *Listener) admit(conn net.Conn) (*Session, plugin.UUID, error) {
+	var owner plugin.UUID
+	cred, err := credentials(conn)
 	if err != nil {
-		return nil, fmt.Errorf("plugin hello: %w", err)
+		return nil, owner, fmt.Errorf("plugin: %w", err)
 	}
-	if t != frameHello {
-		return nil, fmt.Errorf("plugin hello: %w", &FrameError{Type: uint8(t), Length: len(p), Err: ErrUnknown})
+	pid, user := int(cred.Pid), int(cred.Uid)
+	if l.Owner != nil {
+		if owner, err = l.Owner(pid); err != nil {
+			return nil, owner, fmt.Errorf("plugin: process %d of user %d: %w", pid, user, err)
+		}
 	}
-	if s.hello, err = parseHello(p); err != nil {
-		return nil, fmt.Errorf("plugin hello: %w", err)
+	// On Linux this holds a pidfd, so that a later process with the same number is
+	// not taken for this one.
+	qemu, err := os.FindProcess(pid)
+	if err != nil {
+		return nil, owner, fmt.Errorf("plugin: %w", err)
 	}
-	if err := s.identify(); err != nil {
-		return nil, fmt.Errorf("plugin hello: %w", err)
-	}
-	return s, conn.SetReadDeadline(time.Time{})
+	return &Session{conn: conn, qemu: qemu, user: user}, owner, nil
 }
 
-// identify takes hold of the process at the other end, as the kernel names it:
-// the pid in HELLO may be of another namespace, or a lie.
-func (s *Session) identify() error {
-	sc, ok := s.conn.(syscall.Conn)
+func credentials(conn net.Conn) (*syscall.Ucred, error) {
+	sc, ok := conn.(syscall.Conn)
 	if !ok {
-		return fmt.Errorf("not a socket: %T", s.conn)
+		return nil, fmt.Errorf("not a socket: %T", conn)
 	}
 	raw, err := sc.SyscallConn()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	var cred *syscall.Ucred
 	var credErr error
 	if err := raw.Control(func(fd uintptr) {
 		cred, credErr = syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
 	}); err != nil {
-		return err
+		return nil, err
 	}
-	if credErr != nil {
-		return credErr
+	return cred, credErr
+}
+
+// greet reads HELLO.
+func (s *Session) greet() error {
+	if err := s.conn.SetReadDeadline(time.Now().Add(helloTimeout)); err != nil {
+		return fmt.Errorf("plugin hello: %w", err)
 	}
-	s.user = int(cred.Uid)
-	// On Linux this holds a pidfd, so that a later process with the same
-	// number is not taken for this one.
-	s.qemu, err = os.FindProcess(int(cred.Pid))
-	return err
+	s.r = bufio.NewReaderSize(s.conn, 256<<10)
+	var buf []byte
+	t, p, err := readFrame(s.r, &buf)
+	if err != nil {
+		return fmt.Errorf("plugin hello: %w", err)
+	}
+	if t != frameHello {
+		return fmt.Errorf("plugin hello: %w", &FrameError{Type: uint8(t), Length: len(p), Err: ErrUnknown})
+	}
+	if s.hello, err = parseHello(p); err != nil {
+		return fmt.Errorf("plugin hello: %w", err)
+	}
+	return s.conn.SetReadDeadline(time.Time{})
 }

@@ -20,6 +20,7 @@ import (
 
 	"ftvirt.org/ftvirt/plugin/config"
 	"ftvirt.org/ftvirt/plugin/lab/guest"
+	"ftvirt.org/ftvirt/plugin/pki"
 )
 
 // daemonTimeout bounds the start of one daemon on a busy machine.
@@ -129,12 +130,54 @@ func (h *Host) install(ctx context.Context, o Options) error {
 			return err
 		}
 	}
+	if err := h.Certify(); err != nil {
+		return err
+	}
 	if h.has("ftvirt-hook") {
 		if err := os.Symlink(filepath.Join(BinDir, "ftvirt-hook"), h.Path("/etc/libvirt/hooks/qemu.d/ftvirt")); err != nil {
 			return err
 		}
 	}
 	return h.WriteConfig(nil)
+}
+
+// Certify gives the host certificates, where libvirt has them.
+func (h *Host) Certify() error {
+	ca, err := h.lab.CA()
+	if err != nil {
+		return err
+	}
+	own, err := ca.Issue(pki.Request{Host: h.Name, Names: []string{h.LoggingAddr().String()}})
+	if err != nil {
+		return err
+	}
+	return h.InstallPKI(ca.PEM(), own)
+}
+
+// InstallPKI replaces the host's certificates and those of its authority.
+func (h *Host) InstallPKI(ca []byte, own *pki.Host) error {
+	c := config.Default().Channel
+	for _, f := range []struct {
+		path string
+		text []byte
+		mode fs.FileMode
+	}{
+		{c.CACert, ca, 0o644},
+		{c.ServerKey, own.ServerKey, 0o600}, {c.ServerCert, own.ServerCert, 0o644},
+		{c.ClientKey, own.ClientKey, 0o600}, {c.ClientCert, own.ClientCert, 0o644},
+	} {
+		path := h.Path(f.path)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(path+".new", f.text, f.mode); err != nil {
+			return err
+		}
+		if err := os.Rename(path+".new", path); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // has tells whether the lab's programs include name.
@@ -208,8 +251,6 @@ func (h *Host) WriteConfig(change func(*config.Config)) error {
 		}
 	}
 	c.Channel.Listen, c.Heartbeat.Listen = channel, heartbeat
-	// The logging network is the lab's own; nobody else can reach it.
-	c.Channel.Plaintext = true
 	for _, f := range []func(*config.Config){h.lab.configure, change} {
 		if f != nil {
 			f(&c)

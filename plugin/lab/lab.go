@@ -34,6 +34,7 @@ import (
 
 	"ftvirt.org/ftvirt/plugin/config"
 	"ftvirt.org/ftvirt/plugin/lab/guest"
+	"ftvirt.org/ftvirt/plugin/pki"
 )
 
 // Errors that callers tell apart.
@@ -238,6 +239,13 @@ func (l *Lab) up(ctx context.Context, o Options) error {
 	if err := l.saveState(); err != nil {
 		return err
 	}
+	ca, err := pki.NewCA("ftvirt lab " + l.state.Name)
+	if err != nil {
+		return err
+	}
+	if err := ca.Save(l.dir); err != nil {
+		return err
+	}
 	l.attach()
 	for _, n := range []*Node{l.sw, l.Client} {
 		if err := l.startNode(ctx, n); err != nil {
@@ -341,6 +349,9 @@ func (l *Lab) Name() string { return l.state.Name }
 
 // Dir is the lab's state directory on the machine.
 func (l *Lab) Dir() string { return l.dir }
+
+// CA is the authority that made the hosts' certificates.
+func (l *Lab) CA() (*pki.CA, error) { return pki.OpenCA(l.dir) }
 
 // Hosts returns the lab's hosts, hosta first.
 func (l *Lab) Hosts() []*Host { return slices.Clone(l.hosts) }

@@ -119,5 +119,6 @@ bool ft_check(const char **why)
                       "-icount shift=N,rr=record,rrfile=/dev/null");
     }
     return check_replay_state(why) && check_timers_state(why) &&
-           ft_pause_init(why) && ft_gate_init(why);
+           ft_pause_init(why) && ft_digest_init(why) &&
+           ft_look_init(why) && ft_gate_init(why);
 }

@@ -23,8 +23,8 @@
 #define MS INT64_C(1000000)
 
 enum frame {
-    HELLO = 1, LOG, STATE, CONSUMED, STATS, DIVERGED, ERROR,
-    WELCOME = 64, ARM, DISARM, ACK, FEED, PROMOTE, OPEN, IDLE, CONFIG, PACE,
+    HELLO = 1, LOG, STATE, CONSUMED, STATS, DIVERGED, ERROR, DIGEST, MEMORY, LOOKED,
+    WELCOME = 64, ARM, DISARM, ACK, FEED, PROMOTE, OPEN, IDLE, CONFIG, PACE, CHECK, HOLD, LOOK,
 };
 
 /* Log bytes per frame, and how long a lone byte may wait for company. */
@@ -94,6 +94,8 @@ void ft_send_state(const char *text)
     size_t len = strnlen(text, 200);
     uint8_t *p;
 
+    /* Each change of the mode comes by here. */
+    ft_veto(ft.mode);
     if (!ft.connected || !(p = frame(STATE, 42 + len))) {
         return;
     }
@@ -105,6 +107,67 @@ void ft_send_state(const char *text)
     p = put(p, ft.pause_ns, 8);
     p = put(p, ft.gate_dropped, 8);
     memcpy(p, text, len);
+    ft_wake_io();
+}
+
+void ft_send_digest(uint64_t pos, uint64_t icount, uint64_t hash)
+{
+    uint8_t *p = ft.connected ? frame(DIGEST, 8 * 3) : NULL;
+
+    if (p) {
+        p = put(p, pos, 8);
+        p = put(p, icount, 8);
+        put(p, hash, 8);
+    }
+}
+
+/* Waits for room; false if the agent does not wait for it any more. */
+bool ft_send_memory(uint64_t id, const char *name, uint64_t size, uint64_t from,
+                    const uint8_t *hashes, size_t len)
+{
+    size_t name_len = strlen(name);
+    uint8_t *p = NULL;
+    bool waited_for;
+
+    pthread_mutex_lock(&ft.lock);
+    while ((waited_for = ft.connected && ft.look == id) &&
+           !(p = frame(MEMORY, 8 * 3 + 1 + name_len + len))) {
+        pthread_cond_wait(&ft.room, &ft.lock);
+    }
+    if (waited_for) {
+        p = put(p, id, 8);
+        p = put(p, size, 8);
+        p = put(p, from, 8);
+        p = put(p, name_len, 1);
+        memcpy(p, name, name_len);
+        memcpy(p + name_len, hashes, len);
+    }
+    pthread_mutex_unlock(&ft.lock);
+    ft_wake_io();
+    return waited_for;
+}
+
+/* The lock is held. */
+void ft_send_looked(uint64_t id, uint64_t icount, unsigned flags,
+                    const uint64_t registers[FT_REGISTERS])
+{
+    uint8_t *p = NULL;
+
+    while (ft.connected && ft.look == id &&
+           !(p = frame(LOOKED, 8 * 3 + 1 + 8 * FT_REGISTERS))) {
+        pthread_cond_wait(&ft.room, &ft.lock);
+    }
+    if (!p) {
+        return;
+    }
+    p = put(p, id, 8);
+    p = put(p, ft.mode == FT_REPLAY ? ft.ring.tail : ft.ring.head, 8);
+    p = put(p, icount, 8);
+    p = put(p, flags, 1);
+    for (int i = 0; i < FT_REGISTERS; i++) {
+        p = put(p, registers[i], 8);
+    }
+    ft.look = 0;
     ft_wake_io();
 }
 
@@ -200,7 +263,9 @@ static void send_log(int64_t now)
         if (io.out_len + HEADER + 8 + len > sizeof(io.out) / 2) {
             return;
         }
-        p = frame(LOG, 8 + len);
+        if (!(p = frame(LOG, 8 + len))) {
+            return;
+        }
         p = put(p, ft.sent, 8);
         ft_ring_copy(ft.sent, p, len);
         ft.sent += len;
@@ -218,7 +283,7 @@ static void watch_divergence(int64_t now)
     uint8_t *p;
 
     if (icount != ft.progress_icount || !ft.running || !ft.loaded ||
-        ft.starving || ft.ring.head == ft.ring.tail) {
+        ft.starving || ft.yielded || ft.ring.head == ft.ring.tail) {
         ft.progress_icount = icount;
         ft.progress_ns = now;
         return;
@@ -341,6 +406,8 @@ static const char *take(enum frame type, const uint8_t *p, size_t len)
             return NULL;
         }
         ft.promote = true;
+        ft.look = 0; /* what looks at this VM has to stop now */
+        ft_replay_return();
         pthread_cond_broadcast(&ft.data);
         return NULL;
     case OPEN:
@@ -359,6 +426,38 @@ static const char *take(enum frame type, const uint8_t *p, size_t len)
         }
         ft.diverge_ns = get(p, 4) * MS;
         ft.tick_ns = get(p + 4, 4) * MS;
+        return NULL;
+    case CHECK:
+        if (len != 8) {
+            return "CHECK is 8 bytes";
+        }
+        ft_digest_check(get(p, 8));
+        return NULL;
+    case HOLD:
+        if (len != 4) {
+            return "HOLD is 4 bytes";
+        }
+        if (get(p, 4) && ft.mode != FT_RECORD) {
+            send_error(type, "only a primary is held");
+            return NULL;
+        }
+        ft.hold = get(p, 4) != 0;
+        ft.hold_until_ns = ft_now_ns() + (int64_t)get(p, 4) * MS;
+        return NULL;
+    case LOOK:
+        if (len != 12 || get(p + 8, 4) < FT_LOOK_CHUNK_MIN) {
+            return "LOOK is 12 bytes, for chunks of 4 KiB at least";
+        }
+        ft.look = get(p, 8);
+        pthread_cond_broadcast(&ft.room);
+        if (!ft.look) {
+            ft_replay_return();
+            return NULL;
+        }
+        if (ft.mode == FT_REPLAY) {
+            ft_replay_yield();
+        }
+        ft_look(ft.look, get(p + 8, 4));
         return NULL;
     case PACE:
         if (len != 2 || get(p, 2) > FT_PACE_MOST) {
@@ -381,6 +480,9 @@ static void disconnect(const char *why)
     io.fd = -1;
     io.in_len = io.out_len = 0;
     ft.connected = false;
+    ft.look = 0;
+    ft_replay_return();
+    pthread_cond_broadcast(&ft.room);
     if (ft.ended) {
         pthread_cond_broadcast(&ft.space);
     }
@@ -476,6 +578,9 @@ static int housekeeping(void)
         }
         wait = 10;
     }
+    if (ft_hold_due(now)) {
+        wait = 2;
+    }
     pthread_mutex_unlock(&ft.lock);
     if (tick && running) {
         q.qemu_notify_event();
@@ -501,6 +606,7 @@ static bool transmit(void)
     if (n > 0) {
         memmove(io.out, io.out + n, io.out_len - n);
         io.out_len -= n;
+        pthread_cond_broadcast(&ft.room);
     }
     pthread_mutex_unlock(&ft.lock);
     if (n < 0 && errno != EAGAIN && errno != EINTR) {

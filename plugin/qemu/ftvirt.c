@@ -24,6 +24,7 @@ struct ft_state ft = {
     .space = PTHREAD_COND_INITIALIZER,
     .data = PTHREAD_COND_INITIALIZER,
     .gate = PTHREAD_COND_INITIALIZER,
+    .room = PTHREAD_COND_INITIALIZER,
     .wake_fd = -1,
     .tick_ns = 50 * 1000000,
     .diverge_ns = INT64_C(5000000000),
@@ -41,7 +42,7 @@ void ft_report(const char *fmt, ...)
 }
 
 /* QEMU takes its signals by signalfd in the main loop: ours must not. */
-bool ft_thread(void *(*f)(void *), const char *name)
+bool ft_thread_with(void *(*f)(void *), const char *name, void *opaque)
 {
     sigset_t all, old;
     pthread_t thread;
@@ -49,13 +50,18 @@ bool ft_thread(void *(*f)(void *), const char *name)
 
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
-    ok = pthread_create(&thread, NULL, f, NULL) == 0;
+    ok = pthread_create(&thread, NULL, f, opaque) == 0;
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     if (ok) {
         pthread_setname_np(thread, name);
         pthread_detach(thread);
     }
     return ok;
+}
+
+bool ft_thread(void *(*f)(void *), const char *name)
+{
+    return ft_thread_with(f, name, NULL);
 }
 
 static bool parse_uuid(const char *text)
@@ -137,6 +143,7 @@ int qemu_plugin_install(uint64_t id, const void *info, int argc, char **argv)
     }
     ft.main_context = q.qemu_get_aio_context();
     ft_mode_init();
+    ft_power_init();
     if (!ft_control_init()) {
         ft_report("not loaded: %s", strerror(errno));
         return -1;

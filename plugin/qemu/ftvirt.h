@@ -41,6 +41,12 @@ enum ft_mode {
 #define FT_GATE_DELAYS 12
 /* Thousandths of its time that a vCPU may be made to pause. */
 #define FT_PACE_MOST 900
+/* What is compared of the vCPU: 16 general registers, RIP, eflags, CR0 to 4. */
+#define FT_REGISTERS 23
+/* Positions that a backup may be asked to look at ahead of what it consumed. */
+#define FT_CHECKS 64
+/* The least piece of memory that is hashed. */
+#define FT_LOOK_CHUNK_MIN 4096
 /* A frame from the agent may not be longer than this. */
 #define FT_FRAME_MAX (1u << 20)
 
@@ -77,6 +83,7 @@ struct ft_state {
     pthread_cond_t space; /* record: the ring has room, or mode changed */
     pthread_cond_t data;  /* replay: fed bytes, or promote */
     pthread_cond_t gate;  /* gate thread: something may be released */
+    pthread_cond_t room;  /* the agent has read something, or is gone */
     int wake_fd;          /* eventfd: io thread, look again */
 
     enum ft_mode mode;
@@ -105,6 +112,14 @@ struct ft_state {
     int64_t diverge_ns;      /* replay: no progress for so long = diverged */
     bool diverged;
     int64_t tick_ns;         /* record: log at least this often */
+    uint64_t check[FT_CHECKS]; /* replay: where the registers are looked at */
+    unsigned checks;
+    bool hold;              /* record: the VM is to stand still */
+    bool held;              /* it does, by us */
+    int64_t hold_until_ns;  /* it goes on then */
+    bool yielding;          /* replay: who waits for log is to let go of locks */
+    bool yielded;           /* the placeholder was handed out for that */
+    uint64_t look;          /* which answer the agent waits for, 0: none */
 
     struct ft_packet *gate_head, **gate_tail;
     unsigned gate_count;
@@ -134,6 +149,8 @@ void ft_ring_reset(uint64_t pos);
 void ft_ring_copy(uint64_t pos, uint8_t *to, size_t len);
 void ft_ring_put(const uint8_t *from, size_t len);
 void ft_replay_begin(void);
+void ft_replay_yield(void);
+void ft_replay_return(void);
 
 /* mode.c: idle, record, replay, live. */
 extern __thread bool ft_in_vcpu;
@@ -150,11 +167,39 @@ void ft_gate_release(void);
 
 /* pause.c: the guest's PAUSE instruction. */
 bool ft_pause_init(const char **why);
+size_t ft_eflags_at(void); /* in CPUX86State */
+size_t ft_hflags_at(void);
+
+/* digest.c: registers of both sides at the same event. */
+bool ft_digest_init(const char **why);
+void ft_digest_find_vcpu(uint8_t *cpu);
+bool ft_registers(uint64_t out[FT_REGISTERS]);
+void ft_digest_logged(const uint8_t *buf, size_t size, int64_t now);
+void ft_digest_check(uint64_t pos);
+void ft_digest_consumed(void);
+
+/* power.c: the power button. */
+void ft_power_init(void);
+
+/* veto.c: monitor commands that a protected domain refuses. */
+void ft_veto(enum ft_mode mode);
+
+/* look.c: memory and registers of a VM that stands still. */
+enum { FT_LOOK_RUNS = 1, FT_LOOK_BUSY = 2, FT_LOOK_MOVED = 4 };
+bool ft_look_init(const char **why);
+bool ft_hold_due(int64_t now);
+void ft_look(uint64_t id, uint32_t chunk);
 
 /* control.c: the agent. */
 bool ft_control_init(void);
 bool ft_thread(void *(*f)(void *), const char *name);
+bool ft_thread_with(void *(*f)(void *), const char *name, void *opaque);
 void ft_wake_io(void);
 void ft_send_state(const char *text);
+void ft_send_digest(uint64_t pos, uint64_t icount, uint64_t hash);
+bool ft_send_memory(uint64_t id, const char *name, uint64_t size, uint64_t from,
+                    const uint8_t *hashes, size_t len);
+void ft_send_looked(uint64_t id, uint64_t icount, unsigned flags,
+                    const uint64_t registers[FT_REGISTERS]);
 
 #endif

@@ -209,15 +209,23 @@ static void log_nothing(void)
  */
 static void finish_queued(int state)
 {
-    bool plain = state != Q_RUN_STATE_INTERNAL_ERROR; /* no way back from it */
+    /* The states that a VM leaves again to run; from any other QEMU aborts. */
+    bool resumable = state == Q_RUN_STATE_PAUSED ||
+                     state == Q_RUN_STATE_IO_ERROR ||
+                     state == Q_RUN_STATE_WATCHDOG ||
+                     state == Q_RUN_STATE_GUEST_PANICKED;
 
-    if (plain) {
+    if (resumable) {
         q.runstate_set(Q_RUN_STATE_RUNNING);
+        /* Events, and the end of the guest's idle time: the timer of that would
+         * go on logging, and at its end do nothing here, but not there. */
+        q.icount_account_warp_timer();
+    } else {
+        q.replay_async_events();
     }
-    q.replay_async_events();
     /* The backup lets an event happen when it has seen the next one. */
     log_nothing();
-    if (plain) {
+    if (resumable) {
         q.runstate_set(state);
     }
 }
@@ -252,6 +260,7 @@ static void stopped(int state)
 static void first_start(void)
 {
     mark_chardevs();
+    ft_digest_find_vcpu(first_cpu());
     if (ft.backup) {
         return;
     }

@@ -68,6 +68,10 @@ static bool find_hflags(uint8_t *env)
     return false;
 }
 
+size_t ft_eflags_at(void) { return eflags_at; }
+
+size_t ft_hflags_at(void) { return hflags_at; }
+
 bool ft_pause_init(const char **why)
 {
     uint8_t *env = malloc(ENV_SIZE);

@@ -16,7 +16,8 @@
 /* An event kind that no code path of QEMU waits for, EVENT_AUDIO_OUT: handed
  * out between the load of the state and the start of the VM, so that no event
  * of the log is consumed while the VM is still stopped. On the primary none
- * was: it logs from within vm_start. */
+ * was: it logs from within vm_start. And handed out for a while when there is
+ * no log and the main loop has something else to do. */
 #define PLACEHOLDER_KIND 25
 /* What the read at the end of the log returns at go-live: EVENT_INTERRUPT.
  * In record mode nobody looks at it. */
@@ -135,6 +136,9 @@ static ssize_t record_write(void *cookie, const char *buf, size_t size)
         if (ft.sent == ft.ring.head) {
             ft_wake_io();
         }
+        if (ft_in_vcpu) {
+            ft_digest_logged((const uint8_t *)buf, size, ft_now_ns());
+        }
         ft_ring_put((const uint8_t *)buf + size - left, n);
         left -= n;
     }
@@ -211,7 +215,17 @@ static ssize_t replay_read(void *cookie, char *buf, size_t size)
         *buf = PLACEHOLDER_KIND;
         return 1;
     }
+    if (kind) {
+        ft_digest_consumed();
+    }
     while (ft.ring.head == ft.ring.tail && !ft.promote) {
+        if (kind && ft.yielding) {
+            ft.yielded = true;
+            ft.starving = false;
+            pthread_mutex_unlock(&ft.lock);
+            *buf = PLACEHOLDER_KIND;
+            return 1;
+        }
         ft.starving = true;
         ft_wake_io();
         pthread_cond_wait(&ft.data, &ft.lock);
@@ -259,6 +273,44 @@ void ft_replay_begin(void)
     q.replay_state->instruction_count = 0;
     q.replay_state->has_unread_data = false;
     q.replay_fetch_data_kind();
+}
+
+/*
+ * Who waits for log does so in a read, and holds QEMU's locks: the main loop
+ * stands still. From here on it gets the placeholder instead, for which nobody
+ * does anything; so until ft_replay_return(). The lock is held.
+ */
+void ft_replay_yield(void)
+{
+    ft.yielding = true;
+    pthread_cond_broadcast(&ft.data);
+}
+
+static void fetch(void *opaque)
+{
+    bool yielded;
+
+    (void)opaque;
+    pthread_mutex_lock(&ft.lock);
+    yielded = ft.yielded && !ft.yielding;
+    if (yielded) {
+        ft.yielded = false;
+    }
+    pthread_mutex_unlock(&ft.lock);
+    if (yielded) {
+        q.replay_state->has_unread_data = false;
+        q.replay_fetch_data_kind();
+    }
+}
+
+/* The lock is held. */
+void ft_replay_return(void)
+{
+    ft.yielding = false;
+    if (ft.yielded) {
+        q.aio_bh_schedule_oneshot_full(ft.main_context, fetch, NULL,
+                                       "ftvirt-fetch");
+    }
 }
 
 FILE *ft_stream_open(bool read)

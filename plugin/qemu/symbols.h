@@ -8,6 +8,7 @@
 #define FTVIRT_SYMBOLS_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <sys/types.h>
@@ -73,8 +74,9 @@ enum { Q_CLOCK_REALTIME = 0, Q_CLOCK_VIRTUAL = 1, Q_CLOCK_HOST = 2,
 enum { Q_NET_CLIENT_DRIVER_NIC = 1 };
 enum { Q_MIG_EVENT_PRECOPY_DONE = 1, Q_MIG_EVENT_PRECOPY_FAILED = 2 };
 /* qapi/run-state.json */
-enum { Q_RUN_STATE_INTERNAL_ERROR = 2, Q_RUN_STATE_PAUSED = 4,
-       Q_RUN_STATE_RUNNING = 9 };
+enum { Q_RUN_STATE_IO_ERROR = 3, Q_RUN_STATE_PAUSED = 4,
+       Q_RUN_STATE_RUNNING = 9, Q_RUN_STATE_WATCHDOG = 13,
+       Q_RUN_STATE_GUEST_PANICKED = 14 };
 enum { Q_SHUTDOWN_HOST_QMP_RESET = 3 };
 enum { Q_CHAR_FEATURE_REPLAY = 2 };
 enum { Q_TIMER_ATTR_ALL = -1 };
@@ -101,6 +103,16 @@ enum { Q_MAIN_LOOP_POLL_OK = 2 };
     X(void, cpu_loop_exit_noexc, (void *), "ends a translation block") \
     X(void, helper_write_eflags, (void *, uint64_t, uint32_t), "tells where the flags are") \
     X(void, cpu_sync_bndcs_hflags, (void *), "tells where the hidden flags are") \
+    X(void, helper_sysexit, (void *, int), "tells where registers are") \
+    X(void, cpu_x86_update_cr3, (void *, uint64_t), "tells where the control registers are") \
+    X(int, x86_cpu_gdb_write_register, (void *cpu, uint8_t *value, int n), "tells where the state of the vCPU begins") \
+    X(int, bdrv_flush, (void *bs), "images are complete before they are compared") \
+    X(const char *, bdrv_get_format_name, (void *bs), "which nodes wait for the log") \
+    X(int, qemu_ram_foreach_block, (int (*f)(void *, void *), void *opaque), "memory, to compare it") \
+    X(const char *, qemu_ram_get_idstr, (void *block), "its name") \
+    X(void *, qemu_ram_get_host_addr, (void *block), "where it is") \
+    X(uint64_t, qemu_ram_get_used_length, (void *block), "how much it is") \
+    X(int, qcrypto_hash_bytes, (int algorithm, const void *buf, size_t len, uint8_t **result, size_t *size, void **errp), "SHA-256 of it") \
     X(int, qemu_reset_requested_get, (void), "whether the guest asked for the reset that is due on the backup") \
     X(void, qemu_system_reset_request, (int), "asks for it where an operator did on the primary") \
     X(void, replay_mutex_lock, (void), "held by the main loop in record and replay") \
@@ -145,6 +157,11 @@ enum { Q_MAIN_LOOP_POLL_OK = 2 };
     X(const char *, object_get_canonical_path_component, (void *obj), "names of chardevs") \
     X(void, qemu_chr_set_feature, (void *chr, int feature), "marks guest-facing chardevs as recorded") \
     X(void, virtio_queue_invalidate_signalled_used, (void *vdev, int n), "as a load of the state does") \
+    X(void, qemu_register_powerdown_notifier, (struct q_plain_notifier *n), "the power button") \
+    X(void, replay_input_event, (void *console, void *event), "the power button, recorded") \
+    X(void *, qemu_input_handler_register, (void *dev, const void *handler), "the power button, replayed") \
+    X(void, qmp_disable_command, (void *commands, const char *name, const char *why), "what must not be asked of a protected domain") \
+    X(void, qmp_enable_command, (void *commands, const char *name), "and may be asked again") \
     X(void *, qmp_query_version, (void **errp), "the version of QEMU") \
     X(const char *, error_get_pretty, (void *err), "messages") \
     X(void, error_free, (void *err), "messages")
@@ -155,6 +172,7 @@ enum { Q_MAIN_LOOP_POLL_OK = 2 };
     X(FILE *, replay_file, "the log, made a stream in memory") \
     X(struct q_replay_state, replay_state, "counters set at the switch") \
     X(struct q_timers_state, timers_state, "clock offset at go-live") \
+    X(void *, qmp_commands, "the monitor's commands") \
     X(void *, helper_info_pause, "what TCG calls for PAUSE") \
     X(void *, cpus_queue, "the vCPU")
 

@@ -57,6 +57,8 @@ type Events struct {
 	Started         func(Info)
 	Stopped         func(Stopped)
 	MetadataChanged func(plugin.UUID)
+	// DefinitionChanged: it was defined, or its definition was removed.
+	DefinitionChanged func(plugin.UUID)
 	// Reconnected is called after libvirtd came back.
 	Reconnected func()
 }
@@ -164,6 +166,10 @@ func (c *Conn) lifecycle(d *libvirt.Domain, e *libvirt.DomainEventLifecycle) {
 	}
 	name, _ := d.GetName()
 	switch e.Event {
+	case libvirt.DOMAIN_EVENT_DEFINED, libvirt.DOMAIN_EVENT_UNDEFINED:
+		if c.events.DefinitionChanged != nil {
+			c.events.DefinitionChanged(id)
+		}
 	case libvirt.DOMAIN_EVENT_STARTED:
 		if c.events.Started != nil {
 			c.events.Started(Info{UUID: id, Name: name, Active: true})
@@ -459,6 +465,14 @@ func (c *Conn) Library(ctx context.Context) (string, error) {
 	return call(ctx, c, "version of libvirt", func(conn *libvirt.Connect) (string, error) {
 		v, err := conn.GetLibVersion()
 		return fmt.Sprintf("%d.%d.%d", v/1000000, v/1000%1000, v%1000), err
+	})
+}
+
+// Memory is how much memory a running domain has, in bytes.
+func (c *Conn) Memory(ctx context.Context, id plugin.UUID) (int64, error) {
+	return withDomain(ctx, c, id, "memory of "+id.String(), func(d *libvirt.Domain) (int64, error) {
+		kib, err := d.GetMaxMemory()
+		return int64(kib) << 10, err
 	})
 }
 

@@ -5,25 +5,21 @@ package main
 import (
 	"bytes"
 	"context"
-	"encoding/json"
-	"encoding/xml"
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"time"
 
 	"ftvirt.org/ftvirt/arbiter"
 	"ftvirt.org/ftvirt/hooks"
 	"ftvirt.org/ftvirt/plugin"
 	"ftvirt.org/ftvirt/plugin/config"
+	"libvirt.org/go/libvirtxml"
 )
 
 const (
 	// maxXML is libvirt's own limit for a domain's XML.
 	maxXML = 16 << 20
-	// notifyLimit bounds what telling the agent may cost.
-	notifyLimit = 200 * time.Millisecond
 	// reserve is kept back from the deadline to say why a start is refused.
 	reserve = 500 * time.Millisecond
 )
@@ -42,8 +38,33 @@ type hook struct {
 // call is one run, as libvirt passes it: OBJECT OPERATION SUBOPERATION EXTRA.
 type call struct{ name, op, subop string }
 
-// guarded tells the operation before a start, the only one that we may refuse.
-func (c call) guarded() bool { return c.op == "prepare" && c.subop == "begin" }
+// rule is what is done at an operation of libvirt. All others, which are start,
+// started, stopped, release, reconnect, attach, the end of prepare and those of
+// a later libvirt, are left alone: the agent learns of them from libvirt itself,
+// and nothing but a start is ours to refuse.
+type rule struct {
+	// refused completes "domain web is not ..." where the rule can refuse.
+	refused string
+	// decide gives the XML that libvirt is to take instead, or nil.
+	decide func(hook, context.Context, []byte) ([]byte, error)
+}
+
+var rules = map[[2]string]rule{
+	{"prepare", "begin"}: {"started", hook.mayStart},
+	{"migrate", "begin"}: {"migrated to this host", hook.mayArrive},
+	{"restore", "begin"}: {"", hook.restored},
+}
+
+func (c call) rule() (rule, bool) {
+	r, ok := rules[[2]string{c.op, c.subop}]
+	return r, ok
+}
+
+// guarded tells an operation that we may refuse.
+func (c call) guarded() bool {
+	r, _ := c.rule()
+	return r.refused != ""
+}
 
 func parseCall(args []string) (call, error) {
 	if len(args) != 4 {
@@ -52,26 +73,34 @@ func parseCall(args []string) (call, error) {
 	return call{name: args[0], op: args[1], subop: args[2]}, nil
 }
 
-// run gives the exit status. It writes nothing to standard output: for
-// "migrate" and "restore" that means that libvirt takes the XML as it is.
-func (h hook) run(ctx context.Context, args []string, stdin io.Reader, stderr io.Writer) int {
+// run gives the exit status. Nothing on standard output means, for "migrate" and
+// "restore", that libvirt takes the XML as it is.
+func (h hook) run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	c, err := parseCall(args)
 	if err != nil {
 		_, _ = fmt.Fprintln(stderr, "ftvirt-hook:", err)
 		return exitStatus(len(args) < 2 || args[1] != "reconnect")
 	}
-	guard := c.guarded()
+	r, ok := c.rule()
+	if !ok {
+		return 0
+	}
 	text, err := readAll(ctx, stdin)
-	if err == nil && guard {
-		err = h.mayStart(ctx, text)
-	} else if !guard {
-		err = nil // nothing but a start is ours to refuse
+	if err == nil {
+		text, err = r.decide(h, ctx, text)
 	}
 	if err != nil {
-		_, _ = fmt.Fprintf(stderr, "ftvirt: domain %s is not started: %v\n", c.name, err)
+		if !c.guarded() {
+			_, _ = fmt.Fprintf(stderr, "ftvirt: domain %s: %v\n", c.name, err)
+			return 0
+		}
+		_, _ = fmt.Fprintf(stderr, "ftvirt: domain %s is not %s: %v\n", c.name, r.refused, err)
 		return 1
 	}
-	h.notify(ctx, c, text)
+	if _, err := stdout.Write(text); err != nil {
+		_, _ = fmt.Fprintf(stderr, "ftvirt: domain %s: %v\n", c.name, err)
+		return exitStatus(c.guarded())
+	}
 	return 0
 }
 
@@ -105,41 +134,85 @@ func readAll(ctx context.Context, r io.Reader) ([]byte, error) {
 	}
 }
 
-// mayStart refuses a copy of a protected domain that must not run. A domain
-// without our annotation is let through before anything that could fail.
-func (h hook) mayStart(ctx context.Context, text []byte) error {
+// annotated reads the annotation of a domain's XML. A domain without one is
+// told apart before anything that could fail.
+func annotated(text []byte) (*libvirtxml.Domain, hooks.Annotation, bool, error) {
 	if !bytes.Contains(text, []byte(hooks.Namespace)) {
-		return nil
+		return nil, hooks.Annotation{}, false, nil
 	}
 	dom, err := hooks.Parse(text)
 	if err != nil {
-		return err
+		return nil, hooks.Annotation{}, false, err
 	}
-	a, protected, err := hooks.ReadAnnotation(dom)
+	a, ok, err := hooks.ReadAnnotation(dom)
 	if err != nil {
-		return fmt.Errorf("%w; correct it with virsh edit", err)
+		return nil, a, false, fmt.Errorf("%w; correct it with virsh edit", err)
 	}
-	if !protected {
-		return nil
+	return dom, a, ok, nil
+}
+
+// mayStart refuses a copy of a protected domain that must not run.
+func (h hook) mayStart(ctx context.Context, text []byte) ([]byte, error) {
+	dom, a, ok, err := annotated(text)
+	if err != nil || !ok {
+		return nil, err
 	}
 	id, err := plugin.ParseUUID(dom.UUID)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	cfg, err := h.load()
 	if err != nil {
-		return fmt.Errorf("it is protected, and the configuration that names the arbiter cannot be used: %w", err)
+		return nil, fmt.Errorf("it is protected, and the configuration that names the arbiter cannot be used: %w", err)
 	}
 	arb, err := h.arbiter(cfg.Arbiter)
 	if err != nil {
-		return fmt.Errorf("it is protected, and the arbiter cannot be asked: %w", err)
+		return nil, fmt.Errorf("it is protected, and the arbiter cannot be asked: %w", err)
 	}
 	if d, ok := ctx.Deadline(); ok {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithDeadline(ctx, d.Add(-reserve))
 		defer cancel()
 	}
-	return decide(ctx, arb, id, cfg.Host, a)
+	return nil, decide(ctx, arb, id, cfg.Host, a)
+}
+
+// mayArrive is asked on the host that libvirt migrates a domain to. The arbiter
+// would not know that a protected one is there, and its backup would follow a
+// copy that has left.
+func (h hook) mayArrive(_ context.Context, text []byte) ([]byte, error) {
+	_, a, ok, err := annotated(text)
+	if err != nil || !ok {
+		return nil, err
+	}
+	if a.Mode == hooks.ModeProtected || a.Backup() {
+		return nil, errors.New("it is protected by ftvirt, whose pairs move otherwise: to bring it to its backup's host use " +
+			"'ftvirt failover', to bring its backup elsewhere 'ftvirt migrate-backup'; or take the protection away with 'ftvirt disable'")
+	}
+	return h.filter(text, hooks.MigrateFilter), nil
+}
+
+// restored brings the paths of a saved domain up to date. What cannot be
+// changed is restored as it was saved, unprotected.
+func (h hook) restored(_ context.Context, text []byte) ([]byte, error) {
+	if _, _, ok, err := annotated(text); err != nil || !ok {
+		return nil, err
+	}
+	return h.filter(text, hooks.RestoreFilter), nil
+}
+
+func (h hook) filter(text []byte, filter func([]byte, hooks.Options) ([]byte, error)) []byte {
+	cfg, err := h.load()
+	if err != nil {
+		return nil
+	}
+	out, err := filter(text, hooks.Options{
+		PluginFile: cfg.Agent.PluginFile, PluginSocket: cfg.Agent.PluginSocket, ICountShift: cfg.Replay.ICountShift,
+	})
+	if err != nil {
+		return nil
+	}
+	return out
 }
 
 // decide asks the arbiter, and takes an undecided epoch before the copy here
@@ -177,31 +250,4 @@ func decide(ctx context.Context, arb decider, id plugin.UUID, host string, a hoo
 func unanswered(err error) error {
 	return fmt.Errorf("it is protected, and the arbiter does not say which host may run it: %w; "+
 		"try again when the arbiter's storage answers", err)
-}
-
-// notify tells the agent what libvirt does, if the agent listens.
-func (h hook) notify(ctx context.Context, c call, text []byte) {
-	cfg, err := h.load()
-	if err != nil {
-		cfg = config.Default()
-	}
-	var dom struct {
-		UUID string `xml:"uuid"`
-	}
-	_ = xml.Unmarshal(text, &dom) // libvirt gives some operations no XML
-	line, err := json.Marshal(hooks.Event{Op: c.op, SubOp: c.subop, UUID: dom.UUID, Name: c.name})
-	if err != nil {
-		return
-	}
-	ctx, cancel := context.WithTimeout(ctx, notifyLimit)
-	defer cancel()
-	conn, err := new(net.Dialer).DialContext(ctx, "unix", cfg.Agent.HookSocket())
-	if err != nil {
-		return
-	}
-	defer func() { _ = conn.Close() }()
-	if d, ok := ctx.Deadline(); ok {
-		_ = conn.SetDeadline(d) // a socket that cannot is as good as closed
-	}
-	_, _ = conn.Write(append(line, '\n'))
 }

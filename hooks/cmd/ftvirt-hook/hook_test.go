@@ -3,14 +3,11 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,7 +17,6 @@ import (
 	"time"
 
 	"ftvirt.org/ftvirt/arbiter"
-	"ftvirt.org/ftvirt/hooks"
 	"ftvirt.org/ftvirt/plugin"
 	"ftvirt.org/ftvirt/plugin/config"
 )
@@ -34,6 +30,8 @@ func domain(metadata string) string {
 var (
 	unprotected = domain(`<o:x xmlns:o="urn:o"/>`)
 	protected   = domain(`<ft:pair xmlns:ft="urn:ftvirt:domain:1" mode="protected" peer="hostb"/>`)
+	suspended   = domain(`<ft:pair xmlns:ft="urn:ftvirt:domain:1" mode="suspended" peer="hostb"/>`)
+	broken      = domain(`<ft:pair xmlns:ft="urn:ftvirt:domain:1" mode="protectd"/>`)
 	backup      = domain(`<ft:pair xmlns:ft="urn:ftvirt:domain:1" mode="protected" peer="hostb" role="backup" epoch="7"/>`)
 )
 
@@ -111,7 +109,7 @@ func TestStart(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			var stderr bytes.Buffer
-			got := newHook(t, tc.arb).run(t.Context(), begin("prepare", "begin"), strings.NewReader(tc.xml), &stderr)
+			got := newHook(t, tc.arb).run(t.Context(), begin("prepare", "begin"), strings.NewReader(tc.xml), io.Discard, &stderr)
 			if tc.says == "" {
 				if got != 0 || stderr.Len() > 0 {
 					t.Fatalf("refused: %s", &stderr)
@@ -135,11 +133,11 @@ func TestBrokenConfiguration(t *testing.T) {
 		},
 	}
 	var stderr bytes.Buffer
-	if h.run(t.Context(), begin("prepare", "begin"), strings.NewReader(protected), &stderr) != 1 || !strings.Contains(stderr.String(), "line 3") {
+	if h.run(t.Context(), begin("prepare", "begin"), strings.NewReader(protected), io.Discard, &stderr) != 1 || !strings.Contains(stderr.String(), "line 3") {
 		t.Errorf("got %s", &stderr)
 	}
 	stderr.Reset()
-	if h.run(t.Context(), begin("prepare", "begin"), strings.NewReader(unprotected), &stderr) != 0 {
+	if h.run(t.Context(), begin("prepare", "begin"), strings.NewReader(unprotected), io.Discard, &stderr) != 0 {
 		t.Errorf("an unprotected domain is refused: %s", &stderr)
 	}
 }
@@ -151,17 +149,17 @@ func TestOtherOperationsPass(t *testing.T) {
 	h := newHook(t, fake{})
 	for _, c := range [][]string{
 		begin("start", "begin"), begin("started", "begin"), begin("stopped", "end"), begin("release", "end"),
-		begin("migrate", "begin"), begin("restore", "begin"), begin("reconnect", "begin"), begin("attach", "begin"),
+		begin("restore", "begin"), begin("reconnect", "begin"), begin("attach", "begin"),
 		begin("prepare", "end"), begin("unheard-of", "begin"), {"web", "reconnect"},
 	} {
 		for _, xml := range []string{protected, backup, "", "<broken"} {
 			var stderr bytes.Buffer
-			if got := h.run(t.Context(), c, strings.NewReader(xml), &stderr); got != 0 {
+			if got := h.run(t.Context(), c, strings.NewReader(xml), io.Discard, &stderr); got != 0 {
 				t.Errorf("%v: exit %d: %s", c, got, &stderr)
 			}
 		}
 	}
-	if h.run(t.Context(), nil, strings.NewReader(""), io.Discard) == 0 {
+	if h.run(t.Context(), nil, strings.NewReader(""), io.Discard, io.Discard) == 0 {
 		t.Error("no arguments were taken")
 	}
 }
@@ -182,7 +180,7 @@ func TestNeverHangs(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), deadline)
 			silent, end := io.Pipe()
 			start := time.Now()
-			if got := newHook(t, fake{}).run(ctx, tc.args, silent, io.Discard); got != tc.want || time.Since(start) > deadline {
+			if got := newHook(t, fake{}).run(ctx, tc.args, silent, io.Discard, io.Discard); got != tc.want || time.Since(start) > deadline {
 				t.Errorf("%s without XML: exit %d after %s", name, got, time.Since(start))
 			}
 			cancel()
@@ -192,55 +190,10 @@ func TestNeverHangs(t *testing.T) {
 		defer cancel()
 		start := time.Now()
 		var stderr bytes.Buffer
-		if newHook(t, fake{lookup: hangs}).run(ctx, begin("prepare", "begin"), strings.NewReader(protected), &stderr) != 1 || time.Since(start) >= deadline {
+		if newHook(t, fake{lookup: hangs}).run(ctx, begin("prepare", "begin"), strings.NewReader(protected), io.Discard, &stderr) != 1 || time.Since(start) >= deadline {
 			t.Errorf("hanging storage: after %s: %s", time.Since(start), &stderr)
 		}
 	})
-}
-
-func TestNotifiesTheAgent(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	h := newHook(t, fake{})
-	h.load = func() (config.Config, error) {
-		c := config.Default()
-		c.Agent.RunDir = dir
-		return c, nil
-	}
-	l, err := net.Listen("unix", filepath.Join(dir, "hook.sock"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = l.Close() }()
-	got := make(chan hooks.Event, 1)
-	go func() {
-		defer close(got)
-		conn, err := l.Accept()
-		if err != nil {
-			return
-		}
-		defer func() { _ = conn.Close() }()
-		line, err := bufio.NewReader(conn).ReadBytes('\n')
-		var e hooks.Event
-		if err == nil && json.Unmarshal(line, &e) == nil {
-			got <- e
-		}
-	}()
-	if h.run(t.Context(), begin("stopped", "end"), strings.NewReader(unprotected), io.Discard) != 0 {
-		t.Fatal("refused")
-	}
-	if e, want := <-got, (hooks.Event{Op: "stopped", SubOp: "end", UUID: id, Name: "web"}); e != want {
-		t.Errorf("got %+v, want %+v", e, want)
-	}
-
-	// An agent that accepts nothing costs no more than the limit.
-	start := time.Now()
-	for range 3 {
-		h.run(t.Context(), begin("stopped", "end"), strings.NewReader(unprotected), io.Discard)
-	}
-	if d := time.Since(start); d > 3*(notifyLimit+time.Second) {
-		t.Errorf("took %s", d)
-	}
 }
 
 // The binary as libvirt runs it: static, against a real arbiter directory.
@@ -299,7 +252,36 @@ func TestBinary(t *testing.T) {
 	if out, err := run(protected, prepare...); err == nil || !strings.Contains(out, "hostb owns the domain") {
 		t.Errorf("stale copy: %v: %s", err, out)
 	}
-	if out, err := run(protected, begin("reconnect", "begin")...); err != nil || out != "" {
-		t.Errorf("reconnect: %v: %s", err, out)
+	// Every operation of libvirt, on a host that has a stale copy and no agent.
+	for _, tc := range []struct {
+		op, subop, xml string
+		says           string // empty: libvirt may go on
+	}{
+		{"prepare", "begin", unprotected, ""},
+		{"prepare", "begin", protected, "web is not started: host hostb owns the domain"},
+		{"prepare", "begin", backup, "web is not started: it is the backup of epoch 7"},
+		{"prepare", "begin", broken, "web is not started: invalid ftvirt annotation"},
+		{"migrate", "begin", unprotected, ""},
+		{"migrate", "begin", suspended, ""},
+		{"migrate", "begin", protected, "web is not migrated to this host: it is protected"},
+		{"migrate", "begin", backup, "web is not migrated to this host: it is protected"},
+		{"migrate", "begin", broken, "web is not migrated to this host: invalid ftvirt annotation"},
+		{"restore", "begin", unprotected, ""}, {"restore", "begin", protected, ""}, {"restore", "begin", suspended, ""},
+		{"start", "begin", protected, ""}, {"started", "begin", protected, ""}, {"stopped", "end", protected, ""},
+		{"release", "end", protected, ""}, {"reconnect", "begin", protected, ""}, {"reconnect", "begin", broken, ""},
+		{"attach", "begin", protected, ""}, {"prepare", "end", protected, ""}, {"start", "begin", "", ""}, {"unheard-of", "begin", protected, ""},
+	} {
+		out, err := run(tc.xml, begin(tc.op, tc.subop)...)
+		if (err != nil) != (tc.says != "") || !strings.Contains(out, tc.says) || tc.says == "" && out != "" {
+			t.Errorf("%s %s: %v: %q, want %q", tc.op, tc.subop, err, out, tc.says)
+		}
+	}
+	// What was saved with the plugin elsewhere finds it where it is now.
+	ready, err := os.ReadFile("../../testdata/q35-plain.ft.xml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := run(string(ready), begin("restore", "begin")...); err != nil || !strings.Contains(out, filepath.Join(dir, "plugin.sock")) || !strings.HasPrefix(out, "<domain") {
+		t.Errorf("restore: %v: %s", err, out)
 	}
 }

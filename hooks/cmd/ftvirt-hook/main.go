@@ -3,10 +3,10 @@
 // Command ftvirt-hook is what libvirt runs when something happens to a domain.
 // Install it in /etc/libvirt/hooks/qemu.d/.
 //
-// It keeps a stale copy of a protected domain from starting, and tells the
-// agent what libvirt does. It asks the arbiter itself, so that it does so
-// without an agent, too; it never calls libvirt, which waits for it; and it
-// ends within five seconds, whatever hangs.
+// It keeps a stale copy of a protected domain from starting, and a protected
+// domain from being migrated by libvirt. It asks the arbiter itself, so that it
+// needs no agent; it never calls libvirt, which waits for it; and it ends within
+// five seconds, whatever hangs.
 //
 // Exit status 0 lets libvirt go on; 1 stops it, with the reason on standard
 // error, which libvirt shows. "reconnect" is always 0, since libvirt would kill
@@ -34,11 +34,11 @@ func main() {
 		load:    func() (config.Config, error) { return config.Load(config.Path()) },
 		arbiter: openArbiter,
 	}
-	os.Exit(h.run(ctx, os.Args[1:], os.Stdin, os.Stderr))
+	os.Exit(h.run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 }
 
 // overdue is the exit status when time is up: what could not be decided in time
-// is not started, and nothing else is stopped.
+// is neither started nor migrated, and nothing else is stopped.
 func overdue(args []string) int {
 	c, err := parseCall(args)
 	return exitStatus(err == nil && c.guarded())

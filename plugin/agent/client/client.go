@@ -45,15 +45,16 @@ var (
 // agent's Status for what each field means. States and reasons are plain text
 // here, so that a newer agent's can be shown as well.
 type Status struct {
-	Domain string       `json:"domain" yaml:"domain"`
-	UUID   plugin.UUID  `json:"uuid" yaml:"uuid"`
-	Host   string       `json:"host" yaml:"host"`
-	Role   plugin.Role  `json:"role" yaml:"role"`
-	State  string       `json:"state" yaml:"state"`
-	Reason string       `json:"reason" yaml:"reason"`
-	Epoch  plugin.Epoch `json:"epoch" yaml:"epoch"`
-	Peer   string       `json:"peer,omitempty" yaml:"peer,omitempty"`
-	Mode   string       `json:"mode" yaml:"mode"`
+	Domain  string       `json:"domain" yaml:"domain"`
+	UUID    plugin.UUID  `json:"uuid" yaml:"uuid"`
+	Host    string       `json:"host" yaml:"host"`
+	Role    plugin.Role  `json:"role" yaml:"role"`
+	State   string       `json:"state" yaml:"state"`
+	Reason  string       `json:"reason" yaml:"reason"`
+	Epoch   plugin.Epoch `json:"epoch" yaml:"epoch"`
+	Peer    string       `json:"peer,omitempty" yaml:"peer,omitempty"`
+	Mode    string       `json:"mode" yaml:"mode"`
+	Channel string       `json:"channel" yaml:"channel"`
 
 	Position       plugin.Position `json:"position" yaml:"position"`
 	Acked          plugin.Position `json:"acked" yaml:"acked"`
@@ -65,6 +66,7 @@ type Status struct {
 	OutputQueue    uint64          `json:"output_queue" yaml:"output_queue"`
 	OutputDropped  uint64          `json:"output_dropped" yaml:"output_dropped"`
 	Instructions   uint64          `json:"instructions" yaml:"instructions"`
+	Compared       uint64          `json:"compared" yaml:"compared"`
 
 	ClonePhase       string  `json:"clone_phase,omitempty" yaml:"clone_phase,omitempty"`
 	CloneTransferred int64   `json:"clone_transferred,omitempty" yaml:"clone_transferred,omitempty"`
@@ -72,6 +74,7 @@ type Status struct {
 	ClonePause       float64 `json:"clone_pause_ms" yaml:"clone_pause_ms"`
 	Failure          string  `json:"failure,omitempty" yaml:"failure,omitempty"`
 	Retry            float64 `json:"retry_s,omitempty" yaml:"retry_s,omitempty"`
+	AnnotationError  string  `json:"annotation_error,omitempty" yaml:"annotation_error,omitempty"`
 }
 
 // String is the line that messages show: who, what and why.
@@ -79,6 +82,9 @@ func (s Status) String() string {
 	text := fmt.Sprintf("%s on %s: %s %s, reason %s, epoch %d, plugin %s", s.Domain, s.Host, s.Role, s.State, s.Reason, s.Epoch, s.Mode)
 	if s.ClonePhase != "" {
 		text += fmt.Sprintf(", clone %s, %d bytes remain", s.ClonePhase, s.CloneRemaining)
+	}
+	if s.AnnotationError != "" {
+		text += ", " + s.AnnotationError
 	}
 	if s.Failure != "" {
 		text += ", failure: " + s.Failure
@@ -304,6 +310,78 @@ func (c *Client) copy(ctx context.Context, path string, w io.Writer) error {
 // Metrics writes the host's metrics, in the text format of Prometheus.
 func (c *Client) Metrics(ctx context.Context, w io.Writer) error {
 	return c.copy(ctx, "/metrics", w)
+}
+
+// VerifyPlan tells what Verify would read, in bytes.
+type VerifyPlan struct {
+	Domain string `json:"domain"`
+	Peer   string `json:"peer"`
+	Memory int64  `json:"memory"`
+	Disks  int64  `json:"disks"`
+}
+
+// Verification is what a comparison of both sides found. See the agent's
+// Verification for what each field means.
+type Verification struct {
+	Domain       string          `json:"domain"`
+	UUID         plugin.UUID     `json:"uuid"`
+	Epoch        plugin.Epoch    `json:"epoch"`
+	Primary      string          `json:"primary"`
+	Backup       string          `json:"backup"`
+	Position     plugin.Position `json:"position"`
+	Instructions uint64          `json:"instructions"`
+	Pause        float64         `json:"pause_ms"`
+	Equal        bool            `json:"equal"`
+	Discarded    bool            `json:"discarded"`
+	Parts        []VerifyPart    `json:"parts"`
+}
+
+// VerifyPart is the comparison of one block of memory, one disk, or the
+// registers.
+type VerifyPart struct {
+	Kind      string        `json:"kind"`
+	Name      string        `json:"name"`
+	Size      int64         `json:"size"`
+	Equal     bool          `json:"equal"`
+	Different int64         `json:"different,omitempty"`
+	Ranges    []VerifyRange `json:"ranges,omitempty"`
+	Detail    []string      `json:"detail,omitempty"`
+}
+
+// VerifyRange is where a part differs, in bytes.
+type VerifyRange struct {
+	Start  int64 `json:"start"`
+	Length int64 `json:"length"`
+}
+
+// VerifyPlan tells what Verify would read.
+func (c *Client) VerifyPlan(ctx context.Context, domain string) (VerifyPlan, error) {
+	return get[VerifyPlan](ctx, c, "/v1/verify/"+url.PathEscape(domain))
+}
+
+// Verify compares both sides of a domain that runs on the host. It stands still
+// for at most limit. A backup that differs is discarded unless keep is set.
+func (c *Client) Verify(ctx context.Context, domain string, limit time.Duration, keep bool) (Verification, error) {
+	ctx, cancel := context.WithTimeout(ctx, limit+requestTimeout)
+	defer cancel()
+	var out Verification
+	text, err := json.Marshal(struct {
+		Domain string `json:"domain"`
+		Limit  int64  `json:"limit_ms"`
+		Keep   bool   `json:"keep"`
+	}{domain, limit.Milliseconds(), keep})
+	if err != nil {
+		return out, err
+	}
+	body, err := c.do(ctx, http.MethodPost, "/v1/verify", text)
+	if err != nil {
+		return out, err
+	}
+	defer func() { _ = body.Close() }()
+	if err := json.NewDecoder(io.LimitReader(body, maxReply)).Decode(&out); err != nil {
+		return out, c.noAnswer(ctx, fmt.Errorf("its answer: %w", err))
+	}
+	return out, nil
 }
 
 // Events calls f with the events that the agent keeps, oldest first, and with

@@ -35,7 +35,7 @@ func Demo(ctx context.Context, o Options) error { return Run(ctx, "demo", o, dem
 func demo(ctx context.Context, r *run) (string, error) {
 	const name = "guest"
 	a, b := r.Pair()
-	vm, err := r.DefineVM(ctx, a, 0, name)
+	vm, err := r.DefineVM(ctx, a, 0, name, nil)
 	if err != nil {
 		return "", err
 	}

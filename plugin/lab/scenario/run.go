@@ -27,6 +27,8 @@ type Options struct {
 	Name string
 	// Bin has ftvirt, ftvirt-hook and ftvirt.so, GuestDir the built guest.
 	Bin, GuestDir string
+	// HostCount is the number of hosts; 0 means two.
+	HostCount int
 	// Keep leaves the lab up at the end.
 	Keep bool
 	// Evidence is where logs go when something fails.
@@ -68,9 +70,9 @@ func (r *run) inLab(ctx context.Context, name string, scenario func(context.Cont
 	if err != nil {
 		return "", err
 	}
-	r.say("starting lab %s: two hosts with their own libvirtd and ftvirt agent, and a client", r.Name)
+	r.say("starting lab %s: %d hosts with their own libvirtd and ftvirt agent, and a client", r.Name, max(r.HostCount, 2))
 	r.Bed, err = Up(ctx, lab.Options{
-		Name: r.Name, Bin: r.Bin, Guest: artifacts, Ephemeral: !r.Keep,
+		Name: r.Name, Hosts: r.HostCount, Bin: r.Bin, Guest: artifacts, Ephemeral: !r.Keep,
 		Configure: func(c *config.Config) {
 			c.Replay.LogDir = logDir
 			// The scenario says when there is a backup.

@@ -38,7 +38,13 @@ type VM struct {
 // StartVM defines the lab's n-th test guest on a host, ready to be protected
 // by a backup on another, with a disk of its own, and boots it.
 func (b *Bed) StartVM(ctx context.Context, h, peer *lab.Host, n int, name string) (*VM, error) {
-	vm, err := b.DefineVM(ctx, h, n, name)
+	return b.StartVMAs(ctx, h, peer, n, name, nil)
+}
+
+// StartVMAs does the same with a definition that edit has changed, unless that
+// is nil.
+func (b *Bed) StartVMAs(ctx context.Context, h, peer *lab.Host, n int, name string, edit func(string) string) (*VM, error) {
+	vm, err := b.DefineVM(ctx, h, n, name, edit)
 	if err != nil {
 		return nil, err
 	}
@@ -51,8 +57,8 @@ func (b *Bed) StartVM(ctx context.Context, h, peer *lab.Host, n int, name string
 }
 
 // DefineVM defines the lab's n-th test guest on a host as an operator would who
-// has never heard of ftvirt.
-func (b *Bed) DefineVM(ctx context.Context, h *lab.Host, n int, name string) (*VM, error) {
+// has never heard of ftvirt; edit may be nil.
+func (b *Bed) DefineVM(ctx context.Context, h *lab.Host, n int, name string, edit func(string) string) (*VM, error) {
 	d, err := h.GuestDomain(ctx, n, name, "qcow2")
 	if err != nil {
 		return nil, err
@@ -60,6 +66,9 @@ func (b *Bed) DefineVM(ctx context.Context, h *lab.Host, n int, name string) (*V
 	text, err := guest.DomainXML(d)
 	if err != nil {
 		return nil, err
+	}
+	if edit != nil {
+		text = edit(text)
 	}
 	if err := h.Define(ctx, text); err != nil {
 		return nil, err

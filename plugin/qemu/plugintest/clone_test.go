@@ -55,11 +55,16 @@ type machine struct {
 	r      *bufio.Reader
 	plugin *control.Session
 
+	onDigest func(control.Digest)
+
 	state    sync.Mutex
 	last     control.State
 	consumed control.Consumed
 	stats    control.Stats
 	diverged *control.Diverged
+	digests  map[plugin.Position]control.Digest
+	memory   map[string]string // hashes by name and place
+	looked   control.Looked
 	refused  int // commands
 	changed  chan struct{}
 }
@@ -236,7 +241,7 @@ func (b *bed) start(ctx context.Context, name, role string, extra ...string) (*m
 		"-qmp", "unix:" + dir + "/qmp.sock,server=on,wait=off",
 	}
 	args = append(args, extra...)
-	m := &machine{t: b.t, dir: dir, done: make(chan struct{}), changed: make(chan struct{})}
+	m := &machine{t: b.t, dir: dir, done: make(chan struct{}), changed: make(chan struct{}), digests: map[plugin.Position]control.Digest{}, memory: map[string]string{}}
 	stderr, err := os.Create(filepath.Join(dir, "stderr"))
 	if err != nil {
 		return nil, err
@@ -293,6 +298,16 @@ func (m *machine) handler() control.Handler {
 			m.log("DIVERGED %+v", d)
 			m.update(func() { m.diverged = &d })
 		},
+		Digest: func(d control.Digest) {
+			m.update(func() { m.digests[d.Pos] = d })
+			if m.onDigest != nil {
+				m.onDigest(d)
+			}
+		},
+		Memory: func(c control.Memory) {
+			m.update(func() { m.memory[fmt.Sprintf("%s+%#x", c.Name, c.Offset)] = string(c.Hashes) })
+		},
+		Looked: func(l control.Looked) { m.update(func() { m.looked = l }) },
 		Refused: func(err error) {
 			m.log("%v", err)
 			m.update(func() { m.refused++ })

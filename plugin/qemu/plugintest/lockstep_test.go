@@ -161,15 +161,18 @@ func TestPause(t *testing.T) {
 	p := boot(ctx, t)
 	p.begin()
 	p.clone(ctx, t)
+	load, stop := context.WithCancel(ctx)
+	defer stop()
 	for range 4 {
-		go p.echo(ctx)
+		go p.echo(load)
 	}
 	defer func() {
 		if t.Failed() {
 			p.keep(0)
 		}
 	}()
-	for range *pauses {
+	c := guest.Client{Dial: dial(p.ports), Address: netip.MustParseAddr("10.0.2.15")}
+	for i := range *pauses {
 		p.run(t, rand.N(300*time.Millisecond))
 		if err := p.a.Monitor(ctx, plugin.UUID{}, "stop", nil, nil); err != nil {
 			t.Fatal(err)
@@ -178,10 +181,18 @@ func TestPause(t *testing.T) {
 		if err := p.a.Monitor(ctx, plugin.UUID{}, "cont", nil, nil); err != nil {
 			t.Fatal(err)
 		}
+		if i == *pauses/2 {
+			// The rest while it is nearly idle.
+			p.run(t, 2*time.Second)
+			p.follow(t)
+			stop()
+			if _, err := c.Quiesce(ctx); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
 	p.run(t, 2*time.Second)
 	p.follow(t)
-	c := guest.Client{Dial: dial(p.ports), Address: netip.MustParseAddr("10.0.2.15")}
 	if _, err := c.Quiesce(ctx); err != nil {
 		t.Fatal(err)
 	}
@@ -314,7 +325,7 @@ func (p *pair) compare(ctx context.Context, t *testing.T) {
 	if got := b.read(t, b.cpu(t)+uint64(offset), 8*registers); !bytes.Equal(got, want) {
 		t.Errorf("registers: primary %x, backup %x", want, got)
 	}
-	diskA, diskB := sum(t, p.a, "disk.raw"), sum(t, p.b, "disk.raw")
+	diskA, diskB := sum(t, p.a), sum(t, p.b)
 	if diskA != diskB {
 		t.Error("the disks differ")
 	}
@@ -368,7 +379,7 @@ func read(t *testing.T, m *machine, name string) []byte {
 	return b
 }
 
-func sum(t *testing.T, m *machine, name string) [sha256.Size]byte {
+func sum(t *testing.T, m *machine) [sha256.Size]byte {
 	t.Helper()
-	return sha256.Sum256(read(t, m, name))
+	return sha256.Sum256(read(t, m, "disk.raw"))
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command ftvirt-scenario runs the demo and the soak runs of 'make demo',
-// 'make soak-failover' and 'make soak-clone', each in a lab of its own.
+// Command ftvirt-scenario runs what 'make demo', 'make test-security',
+// 'make soak-failover' and 'make soak-clone' show, each in a lab of its own.
 package main
 
 import (
@@ -62,6 +62,7 @@ func app() *cli.App {
 		Name: "ftvirt-scenario", Usage: "show ftvirt at work on this machine", HideVersion: true,
 		Commands: []*cli.Command{
 			command("demo", "protect a guest and kill its primary", 0, scenario.Demo),
+			command("test-security", "attack a protected guest", 0, scenario.Security),
 			command("soak-failover", "kill the primary again and again", 20, scenario.SoakFailover),
 			command("soak-clone", "make and discard backups again and again", 200, scenario.SoakClone),
 		},
