@@ -13,9 +13,11 @@
 #
 # make test-security    attack a protected guest (root); part of make test
 # make soak-failover N=20    kill the primary again and again (root)
+# make soak-crash N=10       crash the primary's host again and again (root)
 # make soak-clone N=200      make and discard backups again and again (root)
 # make soak-plugin N=100     clone, pause and reset again and again, without libvirt
 # make soak-storage N=5      race for epochs on NFS and iSCSI, N times as long as in the tests (root)
+# make chaos SEED=1 MINUTES=20    let things go wrong at random on three hosts (root)
 # make test-deb              install, upgrade, remove and purge the packages in a
 #                            Debian of their own, and run lintian (root, network)
 
@@ -33,6 +35,10 @@ GO = go
 GOFILES = $(shell git ls-files --cached --others --exclude-standard '*.go')
 CFILES = $(shell git ls-files --cached --others --exclude-standard 'plugin/lab/*.c')
 SHFILES = .ci/run $(shell git ls-files --cached --others --exclude-standard '*.sh')
+
+# Of chaos: what its faults follow from, and how long they last.
+SEED = 1
+MINUTES = 5
 
 GOLANGCI_VERSION = v2.15.0
 GOLANGCI = build/tools/golangci-lint-$(GOLANGCI_VERSION)
@@ -53,7 +59,7 @@ list_tests = $(GO) list -tags $(TAGS) -f '{{.ImportPath}} {{join .TestImports " 
 UNIT = $$($(list_tests) | grep -Ev ' $(REAL)( |$$)' | cut -d' ' -f1)
 LAB = $$($(list_tests) | grep -E ' $(REAL)( |$$)' | cut -d' ' -f1)
 
-.PHONY: all deps build test unit-test lab-test test-security demo soak-failover soak-clone soak-plugin soak-storage fuzz lint vuln clean build/guest docs deb test-deb
+.PHONY: all deps build test unit-test lab-test test-security demo soak-failover soak-crash soak-clone soak-plugin soak-storage chaos fuzz lint vuln clean build/guest docs deb test-deb
 
 all: build
 
@@ -113,6 +119,7 @@ build/guest: deps
 	$(GO) run ./plugin/lab/guest/cmd/ftguest-build $@
 
 test: unit-test lab-test test-security
+	$(MAKE) chaos
 
 unit-test: build | $(PROMTOOL)
 	$(GO) test -tags $(TAGS) -race -timeout 5m $(UNIT)
@@ -121,9 +128,9 @@ lab-test: build build/guest unit-test
 	$(GO) test -tags $(TAGS) -p 1 -count 1 -timeout 15m $(LAB)
 
 # They say themselves what failed, and keep the logs in build/evidence.
-demo test-security soak-failover soak-clone: build build/guest
+demo test-security soak-failover soak-crash soak-clone chaos: build build/guest
 	$(GO) build -o build/ftvirt-scenario ./plugin/lab/cmd/ftvirt-scenario
-	@build/ftvirt-scenario $@ $(if $(filter soak-%,$@),$(if $(N),-n $(N)))
+	@build/ftvirt-scenario $@ $(if $(filter soak-%,$@),$(if $(N),-n $(N))) $(if $(filter chaos,$@),-seed $(SEED) -length $(MINUTES)m)
 
 # Every second clone goes live; after pauses and resets both sides are compared.
 soak-plugin: N ?= 100

@@ -448,6 +448,53 @@ func (h *Host) QEMUPID(domain string) (int, error) {
 	return h.readPID(filepath.Join("/run/libvirt/qemu", domain+".pid"))
 }
 
+// Process is a process of a host that faults can be put to.
+type Process string
+
+// The processes.
+const (
+	AgentProcess   Process = agentPID
+	LibvirtProcess Process = "/run/libvirtd.pid"
+)
+
+// QEMUProcess is the QEMU of a domain.
+func QEMUProcess(domain string) Process {
+	return Process(filepath.Join("/run/libvirt/qemu", domain+".pid"))
+}
+
+// PID returns the process's number on the host.
+func (h *Host) PID(p Process) (int, error) { return h.readPID(string(p)) }
+
+// Signal sends a process of the host a signal, and returns when it was sent.
+func (h *Host) Signal(ctx context.Context, p Process, signal unix.Signal) (time.Time, error) {
+	pid, err := h.readPID(string(p))
+	if err != nil {
+		return time.Time{}, err
+	}
+	// The host tells the time itself: starting a command there takes longer
+	// than a failover may.
+	out, err := h.Exec(ctx, "/bin/sh", "-euc", `date +%s%N; kill "-$2" "$1"`, "sh", strconv.Itoa(pid), strconv.Itoa(int(signal)))
+	if err != nil {
+		return time.Time{}, err
+	}
+	ns, err := strconv.ParseInt(strings.TrimSpace(out), 10, 64)
+	return time.Unix(0, ns), err
+}
+
+// Start starts libvirtd or the agent again after its end.
+func (h *Host) Start(ctx context.Context, p Process) error {
+	switch p {
+	case AgentProcess:
+		return h.StartAgent(ctx)
+	case LibvirtProcess:
+		if _, err := h.Exec(ctx, "libvirtd", "--daemon"); err != nil {
+			return h.withLog(err, "/var/log/libvirt/libvirtd.log")
+		}
+		return nil
+	}
+	return fmt.Errorf("%s: %s starts by other means", h.Name, p)
+}
+
 func (h *Host) killByFile(ctx context.Context, path string) error {
 	pid, err := h.readPID(path)
 	if err != nil {

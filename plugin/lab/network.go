@@ -97,3 +97,10 @@ func (h *Host) setLink(ctx context.Context, network Network, to string) error {
 	}
 	return h.lab.switchBatch(ctx, fmt.Sprintf("link set %s %s", port(h.Name, network), to))
 }
+
+// Port names the switch's end of the host's link to a network.
+func (h *Host) Port(network Network) string { return port(h.Name, network) }
+
+// InSwitch calls f on a thread that is in the switch's network, as InNetwork
+// does in a node's.
+func (l *Lab) InSwitch(f func() error) error { return l.sw.InNetwork(f) }

@@ -23,6 +23,7 @@ const (
 	PortEcho    = 7
 	PortControl = 8
 	PortHash    = 9
+	PortLedger  = 10
 )
 
 // ReadyMessage starts the console line that the guest prints once its ports

@@ -46,7 +46,7 @@ func (vm *VM) Frames(h *lab.Host) (*Frames, error) {
 		patience := unix.Timeval{Usec: 50_000}
 		return errors.Join(
 			unix.SetsockoptTimeval(f.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &patience),
-			unix.Bind(f.fd, &unix.SockaddrLinklayer{Protocol: networkOrder(unix.ETH_P_ALL), Ifindex: link.Index}))
+			unix.Bind(f.fd, &unix.SockaddrLinklayer{Protocol: lab.NetworkOrder(unix.ETH_P_ALL), Ifindex: link.Index}))
 	})
 	if err != nil {
 		return nil, fmt.Errorf("listen to %s of %s: %w", serviceLink, h.Name, err)
@@ -54,8 +54,6 @@ func (vm *VM) Frames(h *lab.Host) (*Frames, error) {
 	f.wg.Go(func() { f.run(mac) })
 	return f, nil
 }
-
-func networkOrder(v uint16) uint16 { return v<<8 | v>>8 }
 
 // run counts until Stop.
 func (f *Frames) run(mac net.HardwareAddr) {

@@ -294,7 +294,7 @@ func captureHeartbeats(at *lab.Host, from netip.Addr) (*heartbeats, error) {
 		}
 		patience := unix.Timeval{Usec: 50_000}
 		return errors.Join(unix.SetsockoptTimeval(h.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &patience),
-			unix.Bind(h.fd, &unix.SockaddrLinklayer{Protocol: networkOrder(unix.ETH_P_IP), Ifindex: link.Index}))
+			unix.Bind(h.fd, &unix.SockaddrLinklayer{Protocol: lab.NetworkOrder(unix.ETH_P_IP), Ifindex: link.Index}))
 	})
 	if err != nil {
 		return nil, fmt.Errorf("listen to log0 of %s: %w", at.Name, err)

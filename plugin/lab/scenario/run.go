@@ -35,6 +35,9 @@ type Options struct {
 	Evidence string
 	// Rounds is the number of rounds of a soak run.
 	Rounds int
+	// Seed and Length are what chaos is made of and how long it lasts.
+	Seed   uint64
+	Length time.Duration
 	// Out takes what people read.
 	Out io.Writer
 }
@@ -43,25 +46,31 @@ type Options struct {
 type run struct {
 	Options
 	*Bed
-	start time.Time
-	mu    sync.Mutex
+	configure func(*config.Config)
+	start     time.Time
+	mu        sync.Mutex
 }
 
 // Run runs a scenario in a lab of its own and prints its RESULT line, which is
 // the last thing that it prints: name=ok with what the scenario returned, or
 // name=failed with the reason.
 func Run(ctx context.Context, name string, o Options, scenario func(context.Context, *run) (string, error)) error {
-	r := &run{Options: o, start: time.Now()}
+	// The scenario says when there is a backup.
+	manual := func(c *config.Config) { c.Protect.Auto = false }
+	return (&run{Options: o, configure: manual, start: time.Now()}).run(ctx, name, scenario)
+}
+
+func (r *run) run(ctx context.Context, name string, scenario func(context.Context, *run) (string, error)) error {
 	figures, err := r.inLab(ctx, name, scenario)
 	if err != nil {
 		r.say("FAILED: %v", err)
 		if figures != "" {
 			figures = " " + figures
 		}
-		_, _ = fmt.Fprintf(o.Out, "RESULT %s=failed%s reason=%q\n", name, figures, oneLine(err))
+		_, _ = fmt.Fprintf(r.Out, "RESULT %s=failed%s reason=%q\n", name, figures, oneLine(err))
 		return err
 	}
-	_, err = fmt.Fprintf(o.Out, "RESULT %s=ok %s\n", name, figures)
+	_, err = fmt.Fprintf(r.Out, "RESULT %s=ok %s\n", name, figures)
 	return err
 }
 
@@ -75,8 +84,7 @@ func (r *run) inLab(ctx context.Context, name string, scenario func(context.Cont
 		Name: r.Name, Hosts: r.HostCount, Bin: r.Bin, Guest: artifacts, Ephemeral: !r.Keep,
 		Configure: func(c *config.Config) {
 			c.Replay.LogDir = logDir
-			// The scenario says when there is a backup.
-			c.Protect.Auto = false
+			r.configure(c)
 		},
 	})
 	if err != nil {
@@ -121,7 +129,7 @@ func (r *run) sayList(ctx context.Context) error {
 	return nil
 }
 
-// keepEvidence saves the logs of both hosts and says where.
+// keepEvidence saves the logs of the hosts and says where.
 func (r *run) keepEvidence(ctx context.Context, what string) {
 	dir, err := r.SaveLogs(ctx, r.Evidence, what)
 	if err != nil {

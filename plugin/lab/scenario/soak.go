@@ -118,8 +118,74 @@ func SoakFailover(ctx context.Context, o Options) error {
 				ms(failover.Reply), ms(gap), lines.Disk, time.Since(start).Seconds())
 			return nil
 		})
+		if err == nil {
+			err = within(failovers, failoverLimit)
+		}
 		return fmt.Sprintf("n=%d ok=%d failover_ms_median=%s failover_ms_max=%s longest_gap_ms_median=%s longest_gap_ms_max=%s clone_pause_ms_median=%s clone_pause_ms_max=%s",
 			r.Rounds, ok, failovers, ms(longest(failovers)), gaps, ms(longest(gaps)), pauses, ms(longest(pauses))), err
+	})
+}
+
+// Limits of the medians, to the client's next byte.
+const (
+	failoverLimit = 400 * time.Millisecond
+	// crashLimit: that a host is dead shows only by its silence.
+	crashLimit = 500*time.Millisecond + failoverLimit
+)
+
+// within demands that the median of the failovers is below a limit.
+func within(failovers []time.Duration, limit time.Duration) error {
+	if m := median(failovers); m >= limit {
+		return fmt.Errorf("%w: the median failover took %s ms, and may take %s", ErrTooLong, ms(m), ms(limit))
+	}
+	return nil
+}
+
+// SoakCrash crashes the host of the primary again and again. When it is back,
+// it gets the next backup.
+func SoakCrash(ctx context.Context, o Options) error {
+	return Run(ctx, "soak_crash", o, func(ctx context.Context, r *run) (string, error) {
+		var failovers figures
+		ok, err := r.rounds(ctx, "soak-crash", func(ctx context.Context, i int, s *session) error {
+			start := time.Now()
+			if _, err := s.vm.Protect(ctx, s.primary, s.backup); err != nil {
+				return err
+			}
+			if err := Pause(ctx, 2*time.Second+rand.N(steady)); err != nil {
+				return err
+			}
+			lag, err := s.vm.Lag(ctx, s.primary)
+			if err != nil {
+				return err
+			}
+			crashed := time.Now()
+			if err := s.primary.Crash(ctx); err != nil {
+				return err
+			}
+			reply, err := s.traffic.WaitReply(ctx, crashed, liveTimeout)
+			if err != nil {
+				return err
+			}
+			failovers = append(failovers, reply.Sub(crashed))
+			if err := s.primary.Boot(ctx); err != nil {
+				return err
+			}
+			if err := r.WaitAgent(ctx, s.primary); err != nil {
+				return err
+			}
+			s.primary, s.backup = s.backup, s.primary
+			lines, err := s.vm.VerifyDisk(ctx, s.primary)
+			if err != nil {
+				return err
+			}
+			r.say("round %d/%d ok: %s -> %s, lag_ms=%s failover_ms=%s lines=%d, %.1f s", i, r.Rounds, s.backup.Name, s.primary.Name,
+				ms(lag), ms(reply.Sub(crashed)), lines, time.Since(start).Seconds())
+			return errors.Join(s.traffic.Err(), s.vm.Load(ctx))
+		})
+		if err == nil {
+			err = within(failovers, crashLimit)
+		}
+		return fmt.Sprintf("n=%d ok=%d failover_ms_median=%s failover_ms_max=%s", r.Rounds, ok, failovers, ms(longest(failovers))), err
 	})
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command ftvirt-scenario runs what 'make demo', 'make test-security',
-// 'make soak-failover' and 'make soak-clone' show, each in a lab of its own.
+// Command ftvirt-scenario runs 'make demo', 'make test-security', 'make chaos' and
+// the soak runs, each in a lab of its own.
 package main
 
 import (
@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"time"
 
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
@@ -42,15 +43,11 @@ func app() *cli.App {
 		&cli.StringFlag{Name: "evidence", Usage: "`DIRECTORY` for logs of what failed", Value: "build/evidence"},
 		&cli.BoolFlag{Name: "keep", Usage: "leave the lab up", EnvVars: []string{"KEEP"}},
 	}
-	command := func(name, usage string, rounds int, run func(context.Context, scenario.Options) error) *cli.Command {
-		own := flags
-		if rounds > 0 {
-			own = append([]cli.Flag{&cli.IntFlag{Name: "n", Usage: "how many `ROUNDS`", Value: rounds}}, flags...)
-		}
-		return &cli.Command{Name: name, Usage: usage, Flags: own, Action: func(c *cli.Context) error {
+	command := func(name, usage string, run func(context.Context, scenario.Options) error, own ...cli.Flag) *cli.Command {
+		return &cli.Command{Name: name, Usage: usage, Flags: append(own, flags...), Action: func(c *cli.Context) error {
 			err := run(c.Context, scenario.Options{
 				Name: c.String("name"), Bin: c.String("bin"), GuestDir: c.String("guest"), Evidence: c.String("evidence"),
-				Keep: c.Bool("keep"), Rounds: c.Int("n"), Out: c.App.Writer,
+				Keep: c.Bool("keep"), Rounds: c.Int("n"), Seed: c.Uint64("seed"), Length: c.Duration("length"), Out: c.App.Writer,
 			})
 			if err != nil {
 				return fmt.Errorf("%w: %w", errReported, err)
@@ -58,13 +55,18 @@ func app() *cli.App {
 			return nil
 		}}
 	}
+	rounds := func(n int) cli.Flag { return &cli.IntFlag{Name: "n", Usage: "how many `ROUNDS`", Value: n} }
 	return &cli.App{
 		Name: "ftvirt-scenario", Usage: "show ftvirt at work on this machine", HideVersion: true,
 		Commands: []*cli.Command{
-			command("demo", "protect a guest and kill its primary", 0, scenario.Demo),
-			command("test-security", "attack a protected guest", 0, scenario.Security),
-			command("soak-failover", "kill the primary again and again", 20, scenario.SoakFailover),
-			command("soak-clone", "make and discard backups again and again", 200, scenario.SoakClone),
+			command("demo", "protect a guest and kill its primary", scenario.Demo),
+			command("test-security", "attack a protected guest", scenario.Security),
+			command("soak-failover", "kill the primary again and again", scenario.SoakFailover, rounds(20)),
+			command("soak-crash", "crash the primary's host again and again", scenario.SoakCrash, rounds(10)),
+			command("soak-clone", "make and discard backups again and again", scenario.SoakClone, rounds(200)),
+			command("chaos", "let things go wrong at random on three hosts", scenario.Chaos,
+				&cli.Uint64Flag{Name: "seed", Usage: "the `NUMBER` that the faults follow from", Value: 1},
+				&cli.DurationFlag{Name: "length", Usage: "how long `TIME` faults happen", Value: 5 * time.Minute}),
 		},
 	}
 }

@@ -10,6 +10,9 @@
 //             load stop | sync | poweroff
 //   TCP 9   quiesces (writers stopped, disk synced) and answers one line with
 //           the number and checksum of what was written, then closes
+//   TCP 10  ledger: takes records of 16 bytes for good, and answers each with the
+//           number and checksum of all that it ever took, big-endian (u64, u32,
+//           u32 zero); the same is its greeting
 //   console the same commands as on TCP 8
 //
 // The lines writer appends records "L NUMBER MILLISECONDS CRC32\n" to
@@ -46,6 +49,7 @@ enum {
 	COMMAND_SIZE = 256,
 	BLOCK_SIZE = 4096,
 	LOAD_BLOCKS = 1024,
+	RECORD_SIZE = 16,
 };
 
 // What the writers tell the main process. Each field has one writer.
@@ -57,7 +61,18 @@ struct shared {
 	uint32_t generation[LOAD_BLOCKS];
 };
 
-enum kind { UNUSED, LISTEN_ECHO, LISTEN_CONTROL, LISTEN_HASH, ECHO, CONTROL, CONSOLE, POWER_BUTTON };
+enum kind {
+	UNUSED,
+	LISTEN_ECHO,
+	LISTEN_CONTROL,
+	LISTEN_HASH,
+	LISTEN_LEDGER,
+	ECHO,
+	CONTROL,
+	LEDGER,
+	CONSOLE,
+	POWER_BUTTON
+};
 
 struct client {
 	enum kind kind;
@@ -69,6 +84,8 @@ static struct shared *shared;
 static pid_t lines_pid, load_pid;
 static int power_off;
 static uint64_t echo_bytes;
+static uint64_t ledger_count;
+static uint32_t ledger_crc;
 static volatile sig_atomic_t stop_writer;
 
 static void die(const char *what)
@@ -399,6 +416,17 @@ static void listen_on(uint16_t port, enum kind kind)
 	add(fd, kind);
 }
 
+static int tell_ledger(int fd)
+{
+	unsigned char answer[RECORD_SIZE] = {0};
+
+	for (int i = 0; i < 8; i++)
+		answer[i] = (unsigned char)(ledger_count >> (56 - 8 * i));
+	for (int i = 0; i < 4; i++)
+		answer[8 + i] = (unsigned char)(ledger_crc >> (24 - 8 * i));
+	return write_all(fd, answer, sizeof answer);
+}
+
 static void accept_on(int listener, enum kind kind)
 {
 	struct timeval patience = {.tv_sec = 10};
@@ -415,7 +443,11 @@ static void accept_on(int listener, enum kind kind)
 		close(fd);
 		return;
 	}
-	add(fd, kind == LISTEN_ECHO ? ECHO : CONTROL);
+	if (kind == LISTEN_LEDGER && tell_ledger(fd)) {
+		close(fd);
+		return;
+	}
+	add(fd, kind == LISTEN_ECHO ? ECHO : kind == LISTEN_LEDGER ? LEDGER : CONTROL);
 }
 
 static void read_commands(int i)
@@ -440,6 +472,29 @@ static void read_commands(int i)
 		c->used = 0; // an endless line is no command
 }
 
+static void read_records(int i)
+{
+	struct client *c = &clients[i];
+	ssize_t n = read(polls[i].fd, c->command + c->used, sizeof c->command - c->used);
+
+	if (n <= 0) {
+		drop(i);
+		return;
+	}
+	c->used += (size_t)n;
+	size_t done = 0;
+	for (; c->used - done >= RECORD_SIZE; done += RECORD_SIZE) {
+		ledger_crc = crc32(ledger_crc, c->command + done, RECORD_SIZE);
+		ledger_count++;
+		if (tell_ledger(polls[i].fd)) {
+			drop(i);
+			return;
+		}
+	}
+	c->used -= done;
+	memmove(c->command, c->command + done, c->used);
+}
+
 static void serve(int i)
 {
 	static char buffer[65536];
@@ -450,6 +505,7 @@ static void serve(int i)
 	case LISTEN_ECHO:
 	case LISTEN_CONTROL:
 	case LISTEN_HASH:
+	case LISTEN_LEDGER:
 		accept_on(polls[i].fd, clients[i].kind);
 		break;
 	case ECHO:
@@ -462,6 +518,9 @@ static void serve(int i)
 	case CONTROL:
 	case CONSOLE:
 		read_commands(i);
+		break;
+	case LEDGER:
+		read_records(i);
 		break;
 	case POWER_BUTTON:
 		n = read(polls[i].fd, &event, sizeof event);
@@ -499,6 +558,7 @@ int main(int argc, char **argv)
 	listen_on(7, LISTEN_ECHO);
 	listen_on(8, LISTEN_CONTROL);
 	listen_on(9, LISTEN_HASH);
+	listen_on(10, LISTEN_LEDGER);
 	add(STDIN_FILENO, CONSOLE);
 	watch_power_button();
 

@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package scenario
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"ftvirt.org/ftvirt/plugin/lab"
+)
+
+// Part is what a host is to the guest when a fault comes.
+type Part string
+
+// The parts. The spare is the third host.
+const (
+	Primary Part = "primary"
+	Backup  Part = "backup"
+	Spare   Part = "spare"
+	Each    Part = "each" // all hosts
+)
+
+// Kind is a kind of fault.
+type Kind string
+
+// The kinds. A fault that lasts is undone when its time is over: what was
+// killed is started, what was stopped continues. A QEMU that was killed stays
+// dead.
+const (
+	KillQEMU    Kind = "kill-qemu"
+	StopQEMU    Kind = "stop-qemu"
+	KillAgent   Kind = "kill-agent"
+	StopAgent   Kind = "stop-agent"
+	EndAgent    Kind = "end-agent" // in order, as for an upgrade
+	KillLibvirt Kind = "kill-libvirtd"
+	StopLibvirt Kind = "stop-libvirtd"
+	Crash       Kind = "crash"
+	Unplug      Kind = "unplug"
+	BadWire     Kind = "bad-wire"
+	BadStorage  Kind = "bad-storage"
+)
+
+// Fault is one thing that goes wrong.
+type Fault struct {
+	Kind Kind
+	Part Part
+	// After is when it comes, counted from the beginning of its step, and For
+	// how long it lasts.
+	After, For time.Duration
+
+	Network lab.Network // of Unplug and BadWire
+	Out, In lab.Weather // of BadWire
+	Storage lab.StorageFault
+	Delay   time.Duration // of slow storage
+}
+
+func (f Fault) String() string {
+	text := fmt.Sprintf("%s of the %s", f.Kind, f.Part)
+	if f.Part == Each {
+		text = fmt.Sprintf("%s of each host", f.Kind)
+	}
+	switch f.Kind {
+	case Unplug:
+		text += fmt.Sprintf(", %s network", f.Network)
+	case BadWire:
+		text += fmt.Sprintf(", %s network, out %s, in %s", f.Network, f.Out, f.In)
+	case BadStorage:
+		text += ", " + string(f.Storage)
+		if f.Delay > 0 {
+			text += fmt.Sprintf(" by %v", f.Delay)
+		}
+	case KillQEMU:
+		return fmt.Sprintf("%s, after %v", text, f.After)
+	}
+	return fmt.Sprintf("%s, after %v for %v", text, f.After, f.For)
+}
+
+// Grave tells whether the fault may cost a pair one of its copies or the
+// connection of both. The guarantees are for one such fault at a time.
+func (f Fault) Grave() bool {
+	switch f.Kind {
+	case KillLibvirt, StopLibvirt, BadStorage:
+		return false
+	case Unplug, BadWire:
+		return f.Network == lab.Logging && f.Part != Spare
+	}
+	return f.Part != Spare
+}
+
+// Fatal tells whether it may cost the primary's copy, even if that is the only
+// one.
+func (f Fault) Fatal() bool {
+	return f.Part == Primary && (f.Kind == KillQEMU || f.Kind == Crash)
+}
+
+// Step is what goes wrong at once, or nearly. The pair is redundant before it
+// and must be so again after it.
+type Step struct {
+	// Rest is how long the pair is left in peace before.
+	Rest time.Duration
+	// Main is the fault that the step is about. Among the others none is
+	// grave.
+	Main   Fault
+	Others []Fault
+	// Again, if not nil, comes while the pair is being made again. It is not
+	// fatal, since there is one copy then.
+	Again *Fault
+}
+
+// Faults lists them all.
+func (s Step) Faults() []Fault {
+	all := append([]Fault{s.Main}, s.Others...)
+	if s.Again != nil {
+		all = append(all, *s.Again)
+	}
+	return all
+}
+
+// plan makes steps out of a seed, without end.
+type plan struct {
+	random *rand.Rand
+	deck   []func() Fault
+}
+
+func newPlan(seed uint64) *plan {
+	return &plan{random: rand.New(rand.NewPCG(seed, 0x6674766972740a))}
+}
+
+// next makes the next step. Kinds are drawn as from a deck of cards, so that
+// each comes before any comes again.
+func (p *plan) next() Step {
+	if len(p.deck) == 0 {
+		p.deck = p.cards()
+		p.random.Shuffle(len(p.deck), func(i, j int) { p.deck[i], p.deck[j] = p.deck[j], p.deck[i] })
+	}
+	s := Step{Rest: p.span(300*time.Millisecond, 2*time.Second), Main: p.deck[0]()}
+	p.deck = p.deck[1:]
+	s.Main.After = p.span(0, 500*time.Millisecond)
+	if p.chance(0.4) {
+		for range 1 + p.random.IntN(2) {
+			other := p.harmless()
+			if !clash(other, s.Faults()) {
+				s.Others = append(s.Others, other)
+			}
+		}
+	}
+	if s.Main.Grave() && p.chance(0.3) {
+		again := p.whileAlone()
+		s.Again = &again
+	}
+	return s
+}
+
+// clash tells whether a fault would get in another's way: two of the same
+// thing, or one on a host that is down.
+func clash(f Fault, others []Fault) bool {
+	for _, o := range others {
+		here := f.Part == o.Part
+		switch {
+		case here && (f.Kind == Crash || o.Kind == Crash):
+			return true
+		case !here && f.Part != Each && o.Part != Each:
+		case f.Kind == o.Kind,
+			network(f) != "" && network(f) == network(o),
+			libvirt(f) && libvirt(o),
+			agent(f) && agent(o):
+			return true
+		}
+	}
+	return false
+}
+
+func network(f Fault) lab.Network {
+	if f.Kind == Unplug || f.Kind == BadWire {
+		return f.Network
+	}
+	return ""
+}
+
+func libvirt(f Fault) bool { return f.Kind == KillLibvirt || f.Kind == StopLibvirt }
+func agent(f Fault) bool   { return f.Kind == KillAgent || f.Kind == StopAgent || f.Kind == EndAgent }
+
+// cards are the kinds of a step's main fault. Some are there twice.
+func (p *plan) cards() []func() Fault {
+	on := func(k Kind, part Part, shortest, longest time.Duration) func() Fault {
+		return func() Fault { return Fault{Kind: k, Part: part, For: p.span(shortest, longest)} }
+	}
+	const ms = time.Millisecond
+	return []func() Fault{
+		on(KillQEMU, Primary, 0, 0), on(KillQEMU, Primary, 0, 0), on(KillQEMU, Backup, 0, 0),
+		on(StopQEMU, Primary, 100*ms, 3000*ms), on(StopQEMU, Backup, 100*ms, 3000*ms),
+		on(KillAgent, Primary, 0, 2000*ms), on(KillAgent, Backup, 0, 2000*ms),
+		on(StopAgent, Primary, 100*ms, 3000*ms), on(StopAgent, Backup, 100*ms, 3000*ms),
+		on(EndAgent, p.either(), 0, 1000*ms),
+		on(Crash, Primary, 1000*ms, 4000*ms), on(Crash, p.either(), 1000*ms, 4000*ms),
+		func() Fault { return p.unplug(lab.Logging, p.either()) },
+		func() Fault { return p.oneWay(lab.Logging, p.either()) },
+		func() Fault { return p.badWire(lab.Logging, p.either()) },
+		func() Fault { return p.badWire(lab.Logging, p.either()) },
+		p.service, p.storage, p.libvirt,
+	}
+}
+
+// harmless makes a fault that costs the pair nothing.
+func (p *plan) harmless() Fault {
+	var f Fault
+	switch p.random.IntN(6) {
+	case 0, 1:
+		f = p.storage()
+	case 2:
+		f = p.libvirt()
+	case 3:
+		f = p.service()
+	default:
+		f = p.onSpare()
+	}
+	f.After = p.span(0, 800*time.Millisecond)
+	return f
+}
+
+func (p *plan) onSpare() Fault {
+	switch p.random.IntN(4) {
+	case 0:
+		return Fault{Kind: Crash, Part: Spare, For: p.span(time.Second, 4*time.Second)}
+	case 1:
+		return Fault{Kind: KillAgent, Part: Spare, For: p.span(0, 2*time.Second)}
+	case 2:
+		return Fault{Kind: StopAgent, Part: Spare, For: p.span(0, 3*time.Second)}
+	default:
+		return p.unplug(lab.Logging, Spare)
+	}
+}
+
+// whileAlone makes a fault for the time of the next clone. The backup is then
+// the host that is to become it.
+func (p *plan) whileAlone() Fault {
+	var f Fault
+	switch p.random.IntN(7) {
+	case 0:
+		f = Fault{Kind: KillQEMU, Part: Backup}
+	case 1:
+		f = Fault{Kind: KillAgent, Part: Backup, For: p.span(0, 2*time.Second)}
+	case 2:
+		f = Fault{Kind: KillAgent, Part: Primary, For: p.span(0, 2*time.Second)}
+	case 3:
+		f = Fault{Kind: Crash, Part: Backup, For: p.span(time.Second, 4*time.Second)}
+	case 4:
+		f = p.unplug(lab.Logging, p.either())
+	case 5:
+		f = p.badWire(lab.Logging, p.either())
+	default:
+		f = p.libvirt()
+	}
+	f.After = p.span(0, 2*time.Second)
+	return f
+}
+
+func (p *plan) libvirt() Fault {
+	return Fault{
+		Kind: pick(p, KillLibvirt, StopLibvirt), Part: pick(p, Primary, Backup, Spare),
+		For: p.span(100*time.Millisecond, 3*time.Second),
+	}
+}
+
+func (p *plan) storage() Fault {
+	f := Fault{
+		Kind: BadStorage, Part: pick(p, Primary, Backup, Each, Each),
+		Storage: pick(p, lab.StorageAway, lab.StorageReadOnly, lab.StorageSlow, lab.StorageHung),
+		For:     p.span(500*time.Millisecond, 5*time.Second),
+	}
+	if f.Storage == lab.StorageSlow {
+		f.Delay = p.span(20*time.Millisecond, 800*time.Millisecond)
+	}
+	return f
+}
+
+func (p *plan) service() Fault {
+	switch part := pick(p, Primary, Primary, Backup); p.random.IntN(4) {
+	case 0:
+		return p.unplug(lab.Service, part)
+	case 1:
+		return p.oneWay(lab.Service, part)
+	default:
+		return p.badWire(lab.Service, part)
+	}
+}
+
+func (p *plan) unplug(n lab.Network, part Part) Fault {
+	return Fault{Kind: Unplug, Part: part, Network: n, For: p.span(50*time.Millisecond, 3*time.Second)}
+}
+
+func (p *plan) oneWay(n lab.Network, part Part) Fault {
+	f := Fault{Kind: BadWire, Part: part, Network: n, For: p.span(100*time.Millisecond, 3*time.Second)}
+	if p.chance(0.5) {
+		f.Out.Cut = true
+	} else {
+		f.In.Cut = true
+	}
+	return f
+}
+
+// badWire makes a cable that is bad in one direction or both.
+func (p *plan) badWire(n lab.Network, part Part) Fault {
+	f := Fault{Kind: BadWire, Part: part, Network: n, For: p.span(time.Second, 5*time.Second)}
+	weather := func() lab.Weather {
+		switch p.random.IntN(3) {
+		case 0:
+			return lab.Weather{Delay: p.span(time.Millisecond, 150*time.Millisecond), Jitter: p.span(0, 50*time.Millisecond)}
+		case 1:
+			return lab.Weather{Drop: float64(1+p.random.IntN(30)) / 100}
+		default:
+			return lab.Weather{Jitter: p.span(5*time.Millisecond, 60*time.Millisecond), Reorder: true}
+		}
+	}
+	switch p.random.IntN(3) {
+	case 0:
+		f.Out = weather()
+	case 1:
+		f.In = weather()
+	default:
+		f.Out, f.In = weather(), weather()
+	}
+	return f
+}
+
+func (p *plan) either() Part { return pick(p, Primary, Backup) }
+
+func (p *plan) chance(share float64) bool { return p.random.Float64() < share }
+
+func (p *plan) span(shortest, longest time.Duration) time.Duration {
+	if longest <= shortest {
+		return shortest
+	}
+	return (shortest + time.Duration(p.random.Int64N(int64(longest-shortest)))).Round(time.Millisecond)
+}
+
+func pick[T any](p *plan, from ...T) T { return from[p.random.IntN(len(from))] }

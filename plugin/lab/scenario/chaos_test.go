@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package scenario
+
+import (
+	"reflect"
+	"testing"
+	"time"
+
+	"ftvirt.org/ftvirt/plugin/lab"
+)
+
+func steps(seed uint64, n int) []Step {
+	p := newPlan(seed)
+	list := make([]Step, n)
+	for i := range list {
+		list[i] = p.next()
+	}
+	return list
+}
+
+// The guarantees are for one failure at a time: a plan that asked for more would
+// find fault with what is right.
+func TestPlansAreSurvivable(t *testing.T) {
+	for seed := range uint64(200) {
+		for number, s := range steps(seed, 60) {
+			for i, o := range s.Others {
+				if o.Grave() {
+					t.Errorf("seed %d, step %d: %s at the same time as %s", seed, number, o, s.Main)
+				}
+				if clash(o, append([]Fault{s.Main}, s.Others[:i]...)) {
+					t.Errorf("seed %d, step %d: %s cannot be told from the others", seed, number, o)
+				}
+			}
+			if s.Again != nil && (s.Again.Fatal() || !s.Main.Grave()) {
+				t.Errorf("seed %d, step %d: %s while the pair is being made after %s", seed, number, s.Again, s.Main)
+			}
+			for _, f := range s.Faults() {
+				if f.For < 0 || f.For > 5*time.Second || f.After < 0 || f.After > 2*time.Second {
+					t.Errorf("seed %d, step %d: %s", seed, number, f)
+				}
+				if (f.Network != "") != (f.Kind == Unplug || f.Kind == BadWire) || (f.Storage != "") != (f.Kind == BadStorage) {
+					t.Errorf("seed %d, step %d: %s is not complete", seed, number, f)
+				}
+				if (f.Out != lab.Weather{} || f.In != lab.Weather{}) != (f.Kind == BadWire) {
+					t.Errorf("seed %d, step %d: %s does nothing, or too much", seed, number, f)
+				}
+			}
+		}
+	}
+}
+
+func TestPlansFollowFromTheSeed(t *testing.T) {
+	if a, b := steps(7, 50), steps(7, 50); !reflect.DeepEqual(a, b) {
+		t.Error("two plans of one seed differ")
+	}
+	if a, b := steps(7, 50), steps(8, 50); reflect.DeepEqual(a, b) {
+		t.Error("two seeds give one plan")
+	}
+}
+
+// Each kind comes as a main fault before any deck is over, and everything that
+// can go wrong does in a few hours' worth of steps.
+func TestPlansLeaveNothingOut(t *testing.T) {
+	size := len(newPlan(1).cards())
+	kinds := map[Kind]bool{}
+	for _, s := range steps(1, size) {
+		kinds[s.Main.Kind] = true
+	}
+	for _, k := range []Kind{KillQEMU, StopQEMU, KillAgent, StopAgent, EndAgent, Crash, Unplug, BadWire, BadStorage} {
+		if !kinds[k] {
+			t.Errorf("no %s among the first %d steps", k, size)
+		}
+	}
+	seen := map[string]bool{}
+	for _, s := range steps(1, 2000) {
+		for _, f := range s.Faults() {
+			seen[string(f.Kind)+" "+string(f.Part)] = true
+			for _, w := range []lab.Weather{f.Out, f.In} {
+				seen[string(f.Network)+" cut"] = seen[string(f.Network)+" cut"] || w.Cut
+				seen["delay"] = seen["delay"] || w.Delay > 0
+				seen["drop"] = seen["drop"] || w.Drop > 0
+				seen["reorder"] = seen["reorder"] || w.Reorder
+			}
+			seen[string(f.Storage)] = true
+		}
+	}
+	for _, want := range []string{
+		"kill-qemu primary", "kill-qemu backup", "crash primary", "crash backup", "crash spare", "kill-agent spare",
+		"kill-libvirtd primary", "stop-libvirtd spare", "unplug spare", "bad-storage each",
+		"service cut", "logging cut", "delay", "drop", "reorder", "away", "read-only", "slow", "hung",
+	} {
+		if !seen[want] {
+			t.Errorf("never: %s", want)
+		}
+	}
+}
+
+func TestPercentile(t *testing.T) {
+	list := []time.Duration{3, 1, 2}
+	for of, want := range map[int]time.Duration{1: 1, 50: 2, 67: 3, 99: 3, 100: 3} {
+		if got := percentile(list, of); got != want {
+			t.Errorf("%d of a hundred: %d, want %d", of, got, want)
+		}
+	}
+	if got := percentile(nil, 99); got != 0 {
+		t.Errorf("of nothing: %d", got)
+	}
+}
