@@ -83,9 +83,24 @@ func (f Fault) Grave() bool {
 	case KillLibvirt, StopLibvirt, BadStorage:
 		return false
 	case Unplug, BadWire:
-		return f.Network == lab.Logging && f.Part != Spare
+		if f.Network != lab.Logging || f.Kind == BadWire && mild(f.Out) && mild(f.In) {
+			return false
+		}
 	}
 	return f.Part != Spare
+}
+
+// mild tells whether frames are late only, and never by so much that a peer
+// could be taken for dead.
+func mild(w lab.Weather) bool {
+	return !w.Cut && w.Drop == 0 && w.Delay+w.Jitter <= mildDelay
+}
+
+const mildDelay = 100 * time.Millisecond
+
+// Breaks tells whether it costs the pair a copy for certain.
+func (f Fault) Breaks() bool {
+	return (f.Kind == KillQEMU || f.Kind == Crash) && f.Part != Spare
 }
 
 // Fatal tells whether it may cost the primary's copy, even if that is the only
@@ -137,7 +152,7 @@ func (p *plan) next() Step {
 	s := Step{Rest: p.span(300*time.Millisecond, 2*time.Second), Main: p.deck[0]()}
 	p.deck = p.deck[1:]
 	s.Main.After = p.span(0, 500*time.Millisecond)
-	if p.chance(0.4) {
+	if p.chance(0.5) {
 		for range 1 + p.random.IntN(2) {
 			other := p.harmless()
 			if !clash(other, s.Faults()) {
@@ -145,7 +160,7 @@ func (p *plan) next() Step {
 			}
 		}
 	}
-	if s.Main.Grave() && p.chance(0.3) {
+	if s.Main.Breaks() && p.chance(0.5) {
 		again := p.whileAlone()
 		s.Again = &again
 	}
@@ -205,13 +220,15 @@ func (p *plan) cards() []func() Fault {
 // harmless makes a fault that costs the pair nothing.
 func (p *plan) harmless() Fault {
 	var f Fault
-	switch p.random.IntN(6) {
+	switch p.random.IntN(7) {
 	case 0, 1:
 		f = p.storage()
 	case 2:
 		f = p.libvirt()
 	case 3:
 		f = p.service()
+	case 4:
+		f = p.mildWire()
 	default:
 		f = p.onSpare()
 	}
@@ -296,6 +313,16 @@ func (p *plan) oneWay(n lab.Network, part Part) Fault {
 		f.Out.Cut = true
 	} else {
 		f.In.Cut = true
+	}
+	return f
+}
+
+// mildWire makes a cable over which all comes, later.
+func (p *plan) mildWire() Fault {
+	f := Fault{Kind: BadWire, Part: p.either(), Network: lab.Logging, For: p.span(time.Second, 5*time.Second)}
+	f.Out = lab.Weather{Delay: p.span(time.Millisecond, mildDelay*8/10), Jitter: p.span(time.Millisecond, mildDelay/5), Reorder: p.chance(0.3)}
+	if p.chance(0.5) {
+		f.In = lab.Weather{Delay: p.span(time.Millisecond, mildDelay*8/10)}
 	}
 	return f
 }

@@ -32,7 +32,7 @@ func TestPlansAreSurvivable(t *testing.T) {
 					t.Errorf("seed %d, step %d: %s cannot be told from the others", seed, number, o)
 				}
 			}
-			if s.Again != nil && (s.Again.Fatal() || !s.Main.Grave()) {
+			if s.Again != nil && (s.Again.Fatal() || !s.Main.Breaks()) {
 				t.Errorf("seed %d, step %d: %s while the pair is being made after %s", seed, number, s.Again, s.Main)
 			}
 			for _, f := range s.Faults() {
@@ -92,6 +92,32 @@ func TestPlansLeaveNothingOut(t *testing.T) {
 	} {
 		if !seen[want] {
 			t.Errorf("never: %s", want)
+		}
+	}
+}
+
+func TestGrave(t *testing.T) {
+	wire := func(part Part, n lab.Network, w lab.Weather) Fault { return Fault{Kind: BadWire, Part: part, Network: n, In: w} }
+	for _, test := range []struct {
+		fault Fault
+		want  bool
+	}{
+		{Fault{Kind: KillQEMU, Part: Backup}, true},
+		{Fault{Kind: StopAgent, Part: Primary}, true},
+		{Fault{Kind: StopAgent, Part: Spare}, false},
+		{Fault{Kind: Crash, Part: Spare}, false},
+		{Fault{Kind: KillLibvirt, Part: Primary}, false},
+		{Fault{Kind: BadStorage, Part: Each, Storage: lab.StorageHung}, false},
+		{Fault{Kind: Unplug, Part: Backup, Network: lab.Logging}, true},
+		{Fault{Kind: Unplug, Part: Backup, Network: lab.Service}, false},
+		{wire(Primary, lab.Logging, lab.Weather{Drop: 0.01}), true},
+		{wire(Primary, lab.Logging, lab.Weather{Cut: true}), true},
+		{wire(Primary, lab.Logging, lab.Weather{Delay: mildDelay + 1}), true},
+		{wire(Primary, lab.Logging, lab.Weather{Delay: mildDelay / 2, Jitter: mildDelay / 2}), false},
+		{wire(Primary, lab.Service, lab.Weather{Cut: true}), false},
+	} {
+		if got := test.fault.Grave(); got != test.want {
+			t.Errorf("%s: grave is %v", test.fault, got)
 		}
 	}
 }

@@ -34,6 +34,9 @@ const (
 	// replyLimit is how soon the client's connection must go on after the last
 	// fault: TCP waits longer the longer it was cut off.
 	replyLimit = 30 * time.Second
+	// askInterval is between two rounds of questions to the agents, which share
+	// the machine with what they are asked about.
+	askInterval = 50 * time.Millisecond
 	// askTimeout bounds a question to an agent, which may be stopped.
 	askTimeout = time.Second
 	// lastStep is how long before the end of a run the last step may begin.
@@ -290,6 +293,7 @@ func (s *storm) ask(ctx context.Context) map[string]client.Status {
 		})
 	}
 	wg.Wait()
+	_ = Pause(ctx, askInterval)
 	return answers
 }
 

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ftvirt.org/ftvirt/plugin/lab"
+	"ftvirt.org/ftvirt/plugin/lab/labtest"
+)
+
+// TestFaults puts each fault to a host, and demands that it does what its name
+// says, there only, until it is undone.
+func TestFaults(t *testing.T) {
+	l := labtest.Up(t, lab.Options{NoAgent: true})
+	hosta, hostb := host(t, l, "hosta"), host(t, l, "hostb")
+	t.Run("wire", func(t *testing.T) { badWire(t, hosta, hostb) })
+	t.Run("storage", func(t *testing.T) { badStorage(t, hosta, hostb) })
+	t.Run("signal", func(t *testing.T) { signals(t, hosta) })
+	t.Run("crash", func(t *testing.T) { crashAmidst(t, hosta, hostb) })
+}
+
+func connect(t *testing.T, from, to *lab.Host) net.Conn {
+	t.Helper()
+	address := netip.AddrPortFrom(to.LoggingAddr(), 9999)
+	listener, err := to.Listen(within(t), address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = listener.Close() })
+	go serveEcho(listener)
+	conn, err := from.Dial(within(t), address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	echo(t, conn, "hello")
+	return conn
+}
+
+func badWire(t *testing.T, hosta, hostb *lab.Host) {
+	conn := connect(t, hosta, hostb)
+	const delay = 100 * time.Millisecond
+	disturb := func(out, in lab.Weather, what func()) {
+		t.Helper()
+		wire, err := hosta.Disturb(within(t), lab.Logging, out, in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		what()
+		if err := wire.Close(within(t)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, w := range [][2]lab.Weather{{{Delay: delay}, {}}, {{}, {Delay: delay}}} {
+		disturb(w[0], w[1], func() {
+			start := time.Now()
+			echo(t, conn, "late")
+			if d := time.Since(start); d < delay {
+				t.Errorf("out %s, in %s: an echo took %v", w[0], w[1], d)
+			}
+		})
+	}
+	// Segments that the kernel did not cut, with checksums that it did not
+	// make, come through as well.
+	disturb(lab.Weather{Jitter: 5 * time.Millisecond, Reorder: true}, lab.Weather{Drop: 0.02}, func() {
+		bulk := bytes.Repeat([]byte("0123456789abcdef"), 1<<15)
+		go func() { _, _ = conn.Write(bulk) }()
+		got := make([]byte, len(bulk))
+		if err := conn.SetDeadline(time.Now().Add(deadline)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(conn, got); err != nil || !bytes.Equal(got, bulk) {
+			t.Errorf("%d bytes do not come through: %v", len(bulk), err)
+		}
+	})
+	for _, w := range [][2]lab.Weather{{{Cut: true}, {}}, {{}, {Cut: true}}} {
+		disturb(w[0], w[1], func() {
+			if !silent(t, conn) {
+				t.Errorf("out %s, in %s: something comes through", w[0], w[1])
+			}
+		})
+		comes(t, conn, "cut?")
+	}
+}
+
+// comes demands what was sent before.
+func comes(t *testing.T, conn net.Conn, text string) {
+	t.Helper()
+	if err := conn.SetDeadline(time.Now().Add(deadline)); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, len(text))
+	if _, err := io.ReadFull(conn, got); err != nil || string(got) != text {
+		t.Errorf("%q came, %v; want %q", got, err, text)
+	}
+}
+
+func badStorage(t *testing.T, hosta, hostb *lab.Host) {
+	const limit = 500 * time.Millisecond
+	probe, fresh := filepath.Join(lab.ArbiterDir, "probe"), filepath.Join(lab.ArbiterDir, "fresh")
+	if err := os.WriteFile(hosta.Path(probe), []byte("x"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	read := func(h *lab.Host) (time.Duration, error) {
+		ctx, cancel := context.WithTimeout(within(t), 4*limit)
+		defer cancel()
+		start := time.Now()
+		_, err := h.Exec(ctx, "cat", probe)
+		return time.Since(start), err
+	}
+	write := func(h *lab.Host) error {
+		_, err := h.Exec(within(t), "touch", fresh)
+		return err
+	}
+	for fault, broken := range map[lab.StorageFault]func() bool{
+		lab.StorageAway:     func() bool { _, err := read(hosta); return err != nil },
+		lab.StorageReadOnly: func() bool { _, err := read(hosta); return err == nil && write(hosta) != nil },
+		lab.StorageSlow:     func() bool { d, err := read(hosta); return err == nil && d >= limit },
+		lab.StorageHung:     func() bool { _, err := read(hosta); return errors.Is(err, context.DeadlineExceeded) },
+	} {
+		heal, err := hosta.DisturbStorage(within(t), fault, limit)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !broken() {
+			t.Errorf("%s: hosta's storage is as it should be", fault)
+		}
+		if _, err := read(hostb); err != nil || write(hostb) != nil {
+			t.Errorf("%s: hostb's storage is hit, too: %v", fault, err)
+		}
+		if err := heal(within(t)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := read(hosta); err != nil || write(hosta) != nil {
+			t.Errorf("%s: hosta's storage is not as it was: %v", fault, err)
+		}
+	}
+}
+
+func signals(t *testing.T, h *lab.Host) {
+	pid, err := h.PID(lab.LibvirtProcess)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []unix.Signal{unix.SIGSTOP, unix.SIGCONT} {
+		before := time.Now()
+		at, err := h.Signal(within(t), lab.LibvirtProcess, s)
+		if err != nil || at.Before(before) || at.After(time.Now()) {
+			t.Fatalf("%v at %v: %v", s, at, err)
+		}
+		ctx, cancel := context.WithTimeout(within(t), 2*time.Second)
+		_, err = h.Virsh(ctx, "list")
+		cancel()
+		if (err == nil) != (s == unix.SIGCONT) {
+			t.Errorf("libvirtd, process %d, after %v: %v", pid, s, err)
+		}
+	}
+}
+
+// A host that crashes takes its cable and its mounts with it, and neither comes
+// back to haunt the next boot.
+func crashAmidst(t *testing.T, hosta, hostb *lab.Host) {
+	wire, err := hosta.Disturb(within(t), lab.Logging, lab.Weather{Cut: true}, lab.Weather{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var heals []func(context.Context) error
+	for _, fault := range []lab.StorageFault{lab.StorageHung, lab.StorageAway} {
+		heal, err := hosta.DisturbStorage(within(t), fault, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		heals = append(heals, heal)
+	}
+	if err := hosta.Crash(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	if err := hosta.Boot(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	for _, heal := range append(heals, wire.Close) {
+		if err := heal(within(t)); err != nil {
+			t.Error(err)
+		}
+	}
+	connect(t, hosta, hostb)
+}
