@@ -5,11 +5,11 @@ package lab
 import (
 	"container/heap"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"strings"
 	"sync"
 	"time"
 
@@ -19,19 +19,34 @@ import (
 // Weather is what a bad cable does to the frames of one direction.
 type Weather struct {
 	// Cut loses all of them, while both ends have their carrier.
-	Cut bool `json:"cut,omitempty"`
+	Cut bool
 	// Delay is what each takes longer, and Jitter what it may take longer still.
-	Delay  time.Duration `json:"delay,omitempty"`
-	Jitter time.Duration `json:"jitter,omitempty"`
+	Delay  time.Duration
+	Jitter time.Duration
 	// Drop is the share of frames, 0 to 1, that are lost.
-	Drop float64 `json:"drop,omitempty"`
+	Drop float64
 	// Reorder lets frames overtake each other by Jitter.
-	Reorder bool `json:"reorder,omitempty"`
+	Reorder bool
 }
 
 func (w Weather) String() string {
-	text, _ := json.Marshal(w) // numbers and booleans only
-	return string(text)
+	if w == (Weather{}) {
+		return "fine"
+	}
+	var words []string
+	if w.Cut {
+		words = append(words, "cut")
+	}
+	if w.Delay > 0 || w.Jitter > 0 {
+		words = append(words, fmt.Sprintf("%v to %v late", w.Delay, w.Delay+w.Jitter))
+	}
+	if w.Reorder {
+		words = append(words, "out of order")
+	}
+	if w.Drop > 0 {
+		words = append(words, fmt.Sprintf("%.0f %% lost", 100*w.Drop))
+	}
+	return strings.Join(words, ", ")
 }
 
 // Wire is a bad cable between a host and the switch. The kernels of test

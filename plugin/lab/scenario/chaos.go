@@ -64,7 +64,7 @@ func (f Fault) String() string {
 	case Unplug:
 		text += fmt.Sprintf(", %s network", f.Network)
 	case BadWire:
-		text += fmt.Sprintf(", %s network, out %s, in %s", f.Network, f.Out, f.In)
+		text += fmt.Sprintf(", %s network, out: %s; in: %s", f.Network, f.Out, f.In)
 	case BadStorage:
 		text += ", " + string(f.Storage)
 		if f.Delay > 0 {

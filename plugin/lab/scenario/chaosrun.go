@@ -110,9 +110,9 @@ func chaos(ctx context.Context, r *run) (figures string, err error) {
 	if err != nil {
 		r.say("%s", s.witness.History())
 	}
-	return fmt.Sprintf("seed=%d faults=%d failovers=%d split=%d lost=%d median_failover_ms=%s p99_failover_ms=%s reprotect_s=%.1f",
-		r.Seed, s.faults, s.witness.Failovers(), split, unanswered+unkept+s.lostLine,
-		s.failovers, ms(percentile(s.failovers, 99)), longest(s.reprotect).Seconds()), err
+	return fmt.Sprintf("faults=%d failovers=%d split=%d lost=%d median_failover_ms=%s p99_failover_ms=%s reprotect_s=%.1f seed=%d",
+		s.faults, s.witness.Failovers(), split, unanswered+unkept+s.lostLine,
+		s.failovers, ms(percentile(s.failovers, 99)), longest(s.reprotect).Seconds(), r.Seed), err
 }
 
 // percentile gives the smallest value that so many of a hundred do not exceed.
@@ -236,10 +236,35 @@ func (s *storm) settle(ctx context.Context) error {
 		s.lostLine += s.lines - n
 		return fmt.Errorf("%w: the guest once said that it had %d, its disk has %d", ErrLines, s.lines, n)
 	}
+	if err := s.replica(ctx, pair.backup, n); err != nil {
+		return err
+	}
 	acked, _ := s.ledger.Counts()
 	replies, _, _ := s.traffic.Counts()
-	s.say("the client got %d replies, the guest kept %d records; its disk passes fsck and has %d lines", replies, acked, n)
+	s.say("the client got %d replies, the guest kept %d records; its disk and the replica pass fsck and have %d lines", replies, acked, n)
 	return nil
+}
+
+// replica demands that the backup's disk has all lines as well. The guest
+// writes no more; its backup may be behind.
+func (s *storm) replica(ctx context.Context, h *lab.Host, lines int) error {
+	path, err := s.vm.DiskPath(ctx, h)
+	if err != nil {
+		return err
+	}
+	var last error
+	err = poll(ctx, verifyTimeout, func(ctx context.Context) (bool, error) {
+		// A flush puts on the disk where its clusters are.
+		if _, last = s.vm.Quiesce(ctx); last != nil {
+			return false, nil
+		}
+		var n int
+		if n, last = guest.DiskLines(ctx, path); last == nil && n != lines {
+			last = fmt.Errorf("%w: the replica on %s has %d, the disk %d", ErrLines, h.Name, n, lines)
+		}
+		return last == nil, nil
+	})
+	return errors.Join(err, last)
 }
 
 // watchLines asks the guest how many lines it has on its disk: it may never
