@@ -31,8 +31,9 @@ type Options struct {
 	HostCount int
 	// Keep leaves the lab up at the end.
 	Keep bool
-	// Evidence is where logs go when something fails.
+	// Evidence is where logs go when something fails, or always with Logs.
 	Evidence string
+	Logs     bool
 	// Rounds is the number of rounds of a soak run.
 	Rounds int
 	// Seed and Length are what chaos is made of and how long it lasts.
@@ -91,7 +92,7 @@ func (r *run) inLab(ctx context.Context, name string, scenario func(context.Cont
 		return "", err
 	}
 	defer func() {
-		if err != nil && ctx.Err() == nil {
+		if (err != nil || r.Logs) && ctx.Err() == nil {
 			r.keepEvidence(context.WithoutCancel(ctx), name)
 		}
 		if r.Keep {

@@ -41,13 +41,14 @@ func app() *cli.App {
 		&cli.StringFlag{Name: "bin", Usage: "`DIRECTORY` of ftvirt, ftvirt-hook and ftvirt.so", Value: "bin"},
 		&cli.StringFlag{Name: "guest", Usage: "`DIRECTORY` of the built guest", Value: "build/guest"},
 		&cli.StringFlag{Name: "evidence", Usage: "`DIRECTORY` for logs of what failed", Value: "build/evidence"},
+		&cli.BoolFlag{Name: "logs", Usage: "keep them even if nothing failed", EnvVars: []string{"LOGS"}},
 		&cli.BoolFlag{Name: "keep", Usage: "leave the lab up", EnvVars: []string{"KEEP"}},
 	}
 	command := func(name, usage string, run func(context.Context, scenario.Options) error, own ...cli.Flag) *cli.Command {
 		return &cli.Command{Name: name, Usage: usage, Flags: append(own, flags...), Action: func(c *cli.Context) error {
 			err := run(c.Context, scenario.Options{
 				Name: c.String("name"), Bin: c.String("bin"), GuestDir: c.String("guest"), Evidence: c.String("evidence"),
-				Keep: c.Bool("keep"), Rounds: c.Int("n"), Seed: c.Uint64("seed"), Length: c.Duration("length"), Out: c.App.Writer,
+				Logs: c.Bool("logs"), Keep: c.Bool("keep"), Rounds: c.Int("n"), Seed: c.Uint64("seed"), Length: c.Duration("length"), Out: c.App.Writer,
 			})
 			if err != nil {
 				return fmt.Errorf("%w: %w", errReported, err)
