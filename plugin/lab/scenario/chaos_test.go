@@ -97,7 +97,9 @@ func TestPlansLeaveNothingOut(t *testing.T) {
 }
 
 func TestGrave(t *testing.T) {
-	wire := func(part Part, n lab.Network, w lab.Weather) Fault { return Fault{Kind: BadWire, Part: part, Network: n, In: w} }
+	wire := func(part Part, n lab.Network, w lab.Weather) Fault {
+		return Fault{Kind: BadWire, Part: part, Network: n, In: w}
+	}
 	for _, test := range []struct {
 		fault Fault
 		want  bool
