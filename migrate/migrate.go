@@ -181,6 +181,9 @@ func (s *Source) sizes(ctx context.Context, id plugin.UUID) (map[string]int64, e
 // It returns how long the guest was stopped.
 func (s *Source) Clone(ctx context.Context, o Options) (pause time.Duration, err error) {
 	c := &clone{Source: s, o: o}
+	// The end of ctx ends the tunnels at once. QEMU waits for a replica that
+	// does not answer, and we would for QEMU.
+	c.tunnels, c.cancel = context.WithCancel(ctx)
 	if o.Progress == nil {
 		c.o.Progress = func(Progress) {}
 	}
@@ -248,8 +251,6 @@ func (c *clone) prepare(ctx context.Context) error {
 	if err := MakeSocketDir(c.o.Dir, c.o.QEMUUser); err != nil {
 		return err
 	}
-	// Tunnels outlive this step; cleanup ends them.
-	c.tunnels, c.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	c.prepared = true
 	return c.Peer.Call(ctx, MethodPrepare, PrepareRequest{XML: xml, Epoch: c.o.Epoch, Disks: c.disks}, nil)
 }
@@ -484,9 +485,11 @@ func (c *clone) deleteNodes(ctx context.Context) error {
 func (c *clone) revert(ctx context.Context) error {
 	var errs []error
 	if c.migrating {
-		if err := c.stopMigration(ctx); err != nil {
-			errs = append(errs, err)
-		}
+		errs = append(errs, c.Plugin.Disarm())
+	}
+	c.cancel() // see Clone
+	if c.migrating {
+		errs = append(errs, c.cancelMigration(ctx)) // QEMU resumes the guest by itself
 	}
 	errs = append(errs, c.cancelJobs(ctx))
 	if c.prepared {
@@ -558,11 +561,6 @@ func (c *clone) cancelJobs(ctx context.Context) error {
 	}))...)
 }
 
-// stopMigration cancels; QEMU then resumes the guest by itself.
-func (c *clone) stopMigration(ctx context.Context) error {
-	return errors.Join(c.Plugin.Disarm(), c.cancelMigration(ctx))
-}
-
 func (c *clone) cancelMigration(ctx context.Context) error {
 	if err := c.monitor(ctx, "migrate_cancel", nil, nil); err != nil {
 		return err
@@ -579,9 +577,7 @@ func (c *clone) cleanup(ctx context.Context) {
 	for _, l := range c.listeners {
 		_ = l.Close()
 	}
-	if c.cancel != nil {
-		c.cancel()
-	}
+	c.cancel()
 	_ = os.RemoveAll(c.o.Dir)
 }
 
