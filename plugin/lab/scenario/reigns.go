@@ -88,7 +88,6 @@ type Witness struct {
 	mu      sync.Mutex
 	seen    reigns
 	decided []Decision
-	missed  int
 	err     error
 }
 
