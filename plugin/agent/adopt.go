@@ -45,7 +45,7 @@ func (d *domain) adoptPrimary(ctx context.Context, v *vm) {
 	// Its log stays with the plugin until the session is back.
 	d.welcome(v, h.Epoch, h.Tail)
 	ctx, cancel := context.WithCancel(ctx)
-	p := &primary{d: d, epoch: h.Epoch, peer: ev.Peer, ctx: ctx, cancel: cancel, vm: v, acked: h.Tail, layout: layout}
+	p := &primary{d: d, epoch: h.Epoch, peer: ev.Peer, ctx: ctx, cancel: cancel, vm: v, acked: h.Tail, layout: layout, guard: d.ackGuard()}
 	p.cloning, p.abort = context.WithCancel(ctx)
 	v.switched.Store(uint64(h.Epoch))
 	d.mu.Lock()

@@ -48,7 +48,9 @@ type primary struct {
 	expect   plugin.Position // of the next byte to send
 	dec      *rrlog.Decoder  // of the log as it was sent, to see a deliberate end
 	layout   rrlog.Layout    // for one that is made later
-	acked    plugin.Position
+	acked    plugin.Position // what the plugin was told
+	held     plugin.Position // an ack in doubt, see ackGuard
+	guard    ackGuard
 	timer    ackTimer
 	lag      time.Duration
 	compared uint64 // times that both sides' registers were equal
@@ -63,7 +65,7 @@ type primary struct {
 // startClone begins an epoch as its primary; the machine asked for it.
 func (d *domain) startClone(ctx context.Context, epoch plugin.Epoch, peer string) {
 	ctx, cancel := context.WithCancel(ctx)
-	p := &primary{d: d, epoch: epoch, peer: peer, ctx: ctx, cancel: cancel}
+	p := &primary{d: d, epoch: epoch, peer: peer, ctx: ctx, cancel: cancel, guard: d.ackGuard()}
 	p.cloning, p.abort = context.WithCancel(ctx)
 	d.mu.Lock()
 	if d.primary != nil {
@@ -340,6 +342,10 @@ func (p *primary) receive(conn *channel.Conn) {
 }
 
 func (p *primary) serve(conn *channel.Conn) error {
+	p.mu.Lock()
+	p.guard.renew()
+	p.held = 0
+	p.mu.Unlock()
 	for {
 		m, err := conn.Receive(p.ctx)
 		if err != nil {
@@ -351,14 +357,7 @@ func (p *primary) serve(conn *channel.Conn) error {
 		beats.progress()
 		switch m.Type {
 		case channel.FrameAck:
-			p.mu.Lock()
-			v := p.vm
-			p.acked = max(p.acked, m.Position)
-			p.timer.ack(m.Position, time.Now(), p.d.acks)
-			p.mu.Unlock()
-			if err := v.Ack(m.Position); err != nil {
-				p.d.a.log.Debug("plugin", "domain", p.d.label(), "error", err)
-			}
+			p.ack(conn, m.Position)
 		case channel.FrameControl:
 			c, err := decodeControl(m)
 			if err != nil {
@@ -369,6 +368,68 @@ func (p *primary) serve(conn *channel.Conn) error {
 			return errors.New("the backup sent a log")
 		}
 	}
+}
+
+// ack passes an ack on to the plugin, which lets packets go for it, unless the
+// pair is over or the ack is in doubt.
+func (p *primary) ack(conn *channel.Conn, pos plugin.Position) {
+	p.mu.Lock()
+	now := time.Now()
+	p.timer.ack(pos, now, p.d.acks)
+	ok, wait := p.guard.admit(pos, p.expect, now)
+	again := p.held == 0
+	p.held = 0
+	if !ok {
+		p.held = pos
+	}
+	p.mu.Unlock()
+	switch {
+	case ok:
+		p.tellAcked(conn, pos)
+	case again:
+		p.d.a.log.Info("an ack came after a silence: waiting for a fresh one", "domain", p.d.label(), "epoch", p.epoch)
+		time.AfterFunc(wait, func() { p.ackLate(conn) })
+	}
+}
+
+// ackLate passes on an ack that nothing fresher has replaced.
+func (p *primary) ackLate(conn *channel.Conn) {
+	p.mu.Lock()
+	pos, rest := p.held, time.Until(p.guard.until)
+	if rest <= 0 {
+		p.held = 0
+	}
+	p.mu.Unlock()
+	switch {
+	case pos == 0:
+	case rest > 0: // there was another silence
+		time.AfterFunc(rest, func() { p.ackLate(conn) })
+	default:
+		p.tellAcked(conn, pos)
+	}
+}
+
+// tellAcked tells the plugin, if the session still lives. A machine that has
+// given the pair up leaves the gate to the arbiter.
+func (p *primary) tellAcked(conn *channel.Conn, pos plugin.Position) {
+	p.mu.Lock()
+	v := p.vm
+	current := p.conn == conn
+	if current {
+		p.acked = max(p.acked, pos)
+	}
+	p.mu.Unlock()
+	if !current || !p.d.paired() {
+		return
+	}
+	if err := v.Ack(pos); err != nil {
+		p.d.a.log.Debug("plugin", "domain", p.d.label(), "error", err)
+	}
+}
+
+// ackGuard gives one for an epoch of the domain.
+func (d *domain) ackGuard() ackGuard {
+	return ackGuard{silence: max(d.a.cfg.Heartbeat.Timeout/2, 2*d.a.cfg.Replay.TickInterval)}
 }
 
 func (p *primary) control(c entry) {
