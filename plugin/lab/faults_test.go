@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -166,6 +167,19 @@ func signals(t *testing.T, h *lab.Host) {
 		if (err == nil) != (s == unix.SIGCONT) {
 			t.Errorf("libvirtd, process %d, after %v: %v", pid, s, err)
 		}
+	}
+	if _, err := h.Freeze(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	state := fmt.Sprintf("/proc/%d/status", pid)
+	if out, err := h.Exec(within(t), "grep", "State:.*stopped", state); err != nil {
+		t.Errorf("libvirtd of a frozen host: %q, %v", out, err)
+	}
+	if err := h.Thaw(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Virsh(within(t), "list"); err != nil {
+		t.Errorf("after the thaw: %v", err)
 	}
 }
 

@@ -473,12 +473,34 @@ func (h *Host) Signal(ctx context.Context, p Process, signal unix.Signal) (time.
 	}
 	// The host tells the time itself: starting a command there takes longer
 	// than a failover may.
-	out, err := h.Exec(ctx, "/bin/sh", "-euc", `date +%s%N; kill "-$2" "$1"`, "sh", strconv.Itoa(pid), strconv.Itoa(int(signal)))
+	return h.kill(ctx, signal, strconv.Itoa(pid))
+}
+
+func (h *Host) kill(ctx context.Context, signal unix.Signal, target string) (time.Time, error) {
+	out, err := h.Exec(ctx, "/bin/sh", "-euc", `date +%s%N; kill "-$1" -- "$2"`, "sh", strconv.Itoa(int(signal)), target)
 	if err != nil {
 		return time.Time{}, err
 	}
 	ns, err := strconv.ParseInt(strings.TrimSpace(out), 10, 64)
 	return time.Unix(0, ns), err
+}
+
+// everything is all processes of a host but its process 1 and the caller.
+const everything = "-1"
+
+// Freeze stops all of the host's processes at once, as when the machine below
+// it hangs, and returns when. Its network stays up.
+func (h *Host) Freeze(ctx context.Context) (time.Time, error) {
+	return h.kill(ctx, unix.SIGSTOP, everything)
+}
+
+// Thaw undoes Freeze. It is no error if the host has crashed meanwhile.
+func (h *Host) Thaw(ctx context.Context) error {
+	if !h.Up() {
+		return nil
+	}
+	_, err := h.kill(ctx, unix.SIGCONT, everything)
+	return err
 }
 
 // Start starts libvirtd or the agent again after its end.

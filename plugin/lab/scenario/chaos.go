@@ -35,6 +35,7 @@ const (
 	EndAgent    Kind = "end-agent" // in order, as for an upgrade
 	KillLibvirt Kind = "kill-libvirtd"
 	StopLibvirt Kind = "stop-libvirtd"
+	Freeze      Kind = "freeze" // a host that hangs: all of its processes stop
 	Crash       Kind = "crash"
 	Unplug      Kind = "unplug"
 	BadWire     Kind = "bad-wire"
@@ -208,6 +209,7 @@ func (p *plan) cards() []func() Fault {
 		on(KillAgent, Primary, 0, 2000*ms), on(KillAgent, Backup, 0, 2000*ms),
 		on(StopAgent, Primary, 100*ms, 3000*ms), on(StopAgent, Backup, 100*ms, 3000*ms),
 		on(EndAgent, p.either(), 0, 1000*ms),
+		on(Freeze, p.either(), 100*ms, 3000*ms),
 		on(Crash, Primary, 1000*ms, 4000*ms), on(Crash, p.either(), 1000*ms, 4000*ms),
 		func() Fault { return p.unplug(lab.Logging, p.either()) },
 		func() Fault { return p.oneWay(lab.Logging, p.either()) },

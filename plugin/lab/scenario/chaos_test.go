@@ -67,7 +67,7 @@ func TestPlansLeaveNothingOut(t *testing.T) {
 	for _, s := range steps(1, size) {
 		kinds[s.Main.Kind] = true
 	}
-	for _, k := range []Kind{KillQEMU, StopQEMU, KillAgent, StopAgent, EndAgent, Crash, Unplug, BadWire, BadStorage} {
+	for _, k := range []Kind{KillQEMU, StopQEMU, KillAgent, StopAgent, EndAgent, Freeze, Crash, Unplug, BadWire, BadStorage} {
 		if !kinds[k] {
 			t.Errorf("no %s among the first %d steps", k, size)
 		}
@@ -87,7 +87,7 @@ func TestPlansLeaveNothingOut(t *testing.T) {
 	}
 	for _, want := range []string{
 		"kill-qemu primary", "kill-qemu backup", "crash primary", "crash backup", "crash spare", "kill-agent spare",
-		"kill-libvirtd primary", "stop-libvirtd spare", "unplug spare", "bad-storage each",
+		"freeze primary", "freeze backup", "kill-libvirtd primary", "stop-libvirtd spare", "unplug spare", "bad-storage each",
 		"service cut", "logging cut", "delay", "drop", "reorder", "away", "read-only", "slow", "hung",
 	} {
 		if !seen[want] {

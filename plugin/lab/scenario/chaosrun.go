@@ -496,6 +496,9 @@ func (s *storm) begin(ctx context.Context, f Fault, h *lab.Host) (at time.Time, 
 	case KillLibvirt:
 		err = h.KillLibvirt(ctx)
 		heal = func(ctx context.Context) error { return h.Start(ctx, lab.LibvirtProcess) }
+	case Freeze:
+		at, err = h.Freeze(ctx)
+		heal = h.Thaw
 	case Crash:
 		err, heal = h.Crash(ctx), h.Boot
 	case Unplug:
