@@ -3,9 +3,12 @@
 package e2e
 
 import (
+	"context"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"ftvirt.org/ftvirt/plugin/lab"
 	"ftvirt.org/ftvirt/plugin/lab/scenario"
@@ -27,6 +30,37 @@ func TestKillPrimaryQEMU(t *testing.T) {
 	must(t, traffic.Stop())
 	lines, err := vm.Verify(t.Context(), hosta, hostb)
 	t.Logf("%+v", lines)
+	must(t, err)
+}
+
+// Nothing of a failover waits for libvirt, not even that switches learn where
+// the guest is now.
+func TestFailoverWithoutLibvirt(t *testing.T) {
+	b, hosta, hostb := bed(t)
+	vm, traffic := protected(t, b, hosta, hostb)
+	frames, err := vm.Frames(hostb)
+	must(t, err)
+	defer frames.Stop()
+	_, err = hostb.Signal(t.Context(), lab.LibvirtProcess, unix.SIGSTOP)
+	must(t, err)
+	goOn := func() {
+		_, err := hostb.Signal(context.WithoutCancel(t.Context()), lab.LibvirtProcess, unix.SIGCONT)
+		must(t, err)
+	}
+	failover, err := vm.FailOver(t.Context(), hosta, hostb, traffic)
+	if err == nil {
+		err = scenario.Pause(t.Context(), time.Second)
+	}
+	announced := frames.Announced()
+	goOn()
+	must(t, err)
+	alive(t, traffic, failover.Killed)
+	if announced == 0 {
+		t.Error("the guest was not announced while libvirt did not answer")
+	}
+	runsOnlyOn(t, b, vm, hostb, hosta)
+	must(t, traffic.Stop())
+	_, err = vm.VerifyDisk(t.Context(), hostb)
 	must(t, err)
 }
 

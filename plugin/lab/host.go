@@ -477,7 +477,7 @@ func (h *Host) Signal(ctx context.Context, p Process, signal unix.Signal) (time.
 }
 
 func (h *Host) kill(ctx context.Context, signal unix.Signal, target string) (time.Time, error) {
-	out, err := h.Exec(ctx, "/bin/sh", "-euc", `date +%s%N; kill "-$1" -- "$2"`, "sh", strconv.Itoa(int(signal)), target)
+	out, err := h.Exec(ctx, "/bin/sh", "-euc", `date +%s%N; kill "-$1" "$2"`, "sh", strconv.Itoa(int(signal)), target)
 	if err != nil {
 		return time.Time{}, err
 	}

@@ -165,6 +165,9 @@ void ft_go_live(void);
 bool ft_gate_init(const char **why);
 void ft_gate_release(void);
 
+/* announce.c: the guest's cards, once it is live. */
+void ft_announce(void);
+
 /* pause.c: the guest's PAUSE instruction. */
 bool ft_pause_init(const char **why);
 size_t ft_eflags_at(void); /* in CPUX86State */

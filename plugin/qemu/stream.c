@@ -367,5 +367,6 @@ void ft_go_live(void)
     ft.promote = false;
     ft_send_state("the log is consumed");
     pthread_mutex_unlock(&ft.lock);
+    ft_announce();
     q.qemu_notify_event();
 }

@@ -4,6 +4,7 @@ package scenario
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -21,9 +22,10 @@ const serviceLink = "svc0"
 // Frames counts the frames that a guest on a host sends to the service network:
 // whether a copy of it is seen from outside, whatever libvirt says of it.
 type Frames struct {
-	count atomic.Int64
-	fd    int
-	wg    sync.WaitGroup
+	count     atomic.Int64
+	announced atomic.Int64
+	fd        int
+	wg        sync.WaitGroup
 }
 
 // Frames starts to count on a host.
@@ -71,12 +73,18 @@ func (f *Frames) run(mac net.HardwareAddr) {
 		link, ok := from.(*unix.SockaddrLinklayer)
 		if ok && link.Pkttype == unix.PACKET_OUTGOING && n >= 12 && bytes.Equal(buf[6:12], mac) {
 			f.count.Add(1)
+			if n >= 14 && binary.BigEndian.Uint16(buf[12:]) == unix.ETH_P_RARP {
+				f.announced.Add(1)
+			}
 		}
 	}
 }
 
 // Count tells how many frames there were so far.
 func (f *Frames) Count() int { return int(f.count.Load()) }
+
+// Announced tells how many of them only said where the guest is.
+func (f *Frames) Announced() int { return int(f.announced.Load()) }
 
 // Stop ends the counting.
 func (f *Frames) Stop() {
