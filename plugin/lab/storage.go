@@ -53,10 +53,15 @@ func (h *Host) DisturbStorage(ctx context.Context, fault StorageFault, delay tim
 		}
 		return script("umount", "-l", ArbiterDir), nil
 	case StorageReadOnly:
-		if err := script("mount", "-o", "remount,bind,ro", ArbiterDir)(ctx); err != nil {
+		// A mount with a file that is being written cannot be made read-only,
+		// but another that is so can take its place.
+		err := script("/bin/sh", "-euc",
+			`mkdir -p "$2"; mount --bind "$1" "$2"; mount -o remount,bind,ro "$2"; mount --bind "$2" "$1"; umount "$2"`,
+			"sh", ArbiterDir, "/run/ftvirt-lab-read-only")(ctx)
+		if err != nil {
 			return nil, err
 		}
-		return script("mount", "-o", "remount,bind,rw", ArbiterDir), nil
+		return script("umount", "-l", ArbiterDir), nil
 	case StorageSlow, StorageHung:
 		if fault == StorageHung {
 			delay = time.Hour
