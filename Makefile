@@ -11,6 +11,8 @@
 # make vuln    known vulnerabilities of what is used; needs the internet
 # make clean   remove bin/ and build/
 #
+# make test-web         look at the agent's page with a browser; PICTURE=FILE keeps a PNG
+# make test-orchestration    Ansible role and OCF agent, without hosts or a cluster
 # make test-security    attack a protected guest (root); part of make test
 # make soak-failover N=20    kill the primary again and again (root)
 # make soak-crash N=10       crash the primary's host again and again (root)
@@ -59,7 +61,7 @@ list_tests = $(GO) list -tags $(TAGS) -f '{{.ImportPath}} {{join .TestImports " 
 UNIT = $$($(list_tests) | grep -Ev ' $(REAL)( |$$)' | cut -d' ' -f1)
 LAB = $$($(list_tests) | grep -E ' $(REAL)( |$$)' | cut -d' ' -f1)
 
-.PHONY: all deps build test unit-test lab-test test-security demo soak-failover soak-crash soak-clone soak-plugin soak-storage chaos fuzz lint vuln clean build/guest docs deb test-deb
+.PHONY: all deps build test unit-test lab-test test-security demo soak-failover soak-crash soak-clone soak-plugin soak-storage chaos fuzz lint vuln clean build/guest docs deb test-deb test-web test-orchestration
 
 all: build
 
@@ -126,6 +128,11 @@ unit-test: build | $(PROMTOOL)
 
 lab-test: build build/guest unit-test
 	$(GO) test -tags $(TAGS) -p 1 -count 1 -timeout 15m $(LAB)
+
+test-web:
+	@contrib/deps.sh web
+	$(GO) vet -tags browser ./plugin/web
+	$(GO) test -tags browser -count 1 ./plugin/web $(if $(PICTURE),-picture $(abspath $(PICTURE)))
 
 # They say themselves what failed, and keep the logs in build/evidence.
 demo test-security soak-failover soak-crash soak-clone chaos: build build/guest

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Installs what building, testing and the lab need, on Debian 12 or 13, and with
-# the argument "lint" what looks at the C sources. It does nothing, quickly and
+# an argument what one target needs beside that: "lint" what looks at the C
+# sources, "web" a browser, "orchestration" Ansible. It does nothing, quickly and
 # without root, when all of it is there.
 set -eu
 
@@ -17,7 +18,11 @@ base='busybox-static ca-certificates e2fsprogs gcc git hostname iproute2 libc6-d
 storage='nfs-ganesha nfs-ganesha-vfs open-iscsi rpcbind tgt'
 # What reads manual pages and completions, for their tests.
 docs='fish man-db mandoc zsh'
-[ "${1:-}" != lint ] || base="$base clang cppcheck"
+case ${1:-} in
+lint) base="$base clang cppcheck" ;;
+web) base="$base chromium fonts-dejavu-core" ;;
+orchestration) base="$base ansible-core ansible-lint libxml2-utils" ;;
+esac
 oldest_qemu=1:9.1
 
 fail() {

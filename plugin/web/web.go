@@ -80,8 +80,18 @@ func (l Line) Top() string {
 	return l.Format(l.top())
 }
 
-// Span is the time that the values are of.
-func (l Line) Span() time.Duration { return time.Duration(len(l.Values)) * l.Every }
+// Span is the time that the values are of, in words.
+func (l Line) Span() string {
+	span := time.Duration(len(l.Values)) * l.Every
+	minutes, seconds := int(span.Minutes()), int(span.Seconds())%60
+	switch {
+	case minutes == 0:
+		return fmt.Sprintf("%d s", seconds)
+	case seconds == 0:
+		return fmt.Sprintf("%d min", minutes)
+	}
+	return fmt.Sprintf("%d min %d s", minutes, seconds)
+}
 
 // The size of a drawing, as page.html has it.
 const (

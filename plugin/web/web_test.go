@@ -73,7 +73,7 @@ func TestPage(t *testing.T) {
 	if r.StatusCode != http.StatusOK || !strings.Contains(r.Header.Get("Content-Security-Policy"), "default-src 'none'") {
 		t.Errorf("%s, %v", r.Status, r.Header)
 	}
-	for _, want := range []string{"ftvirt on hosta", "backup-lost", "no &amp; peer", "2 units", "at most 4 units in the last 3s", "web&lt;script&gt;"} {
+	for _, want := range []string{"ftvirt on hosta", "backup-lost", "no &amp; peer", "2 units", "at most 4 units in the last 3 s", "web&lt;script&gt;"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("the page lacks %q", want)
 		}
@@ -157,6 +157,15 @@ func TestPoints(t *testing.T) {
 	} {
 		if got := (Line{Values: values}).Points(); got != want {
 			t.Errorf("%v: %q, want %q", values, got, want)
+		}
+	}
+}
+
+func TestSpan(t *testing.T) {
+	t.Parallel()
+	for n, want := range map[int]string{0: "0 s", 59: "59 s", 60: "1 min", 282: "4 min 42 s", 300: "5 min"} {
+		if got := (Line{Values: make([]float64, n), Every: time.Second}).Span(); got != want {
+			t.Errorf("%d seconds: %q, want %q", n, got, want)
 		}
 	}
 }
