@@ -36,7 +36,7 @@ TAGS = libvirt_dlopen
 GO = go
 GOFILES = $(shell git ls-files --cached --others --exclude-standard '*.go')
 CFILES = $(shell git ls-files --cached --others --exclude-standard 'plugin/lab/*.c')
-SHFILES = .ci/run $(shell git ls-files --cached --others --exclude-standard '*.sh')
+SHFILES = .ci/run contrib/ocf/ftvirt $(shell git ls-files --cached --others --exclude-standard '*.sh')
 
 # Of chaos: what its faults follow from, and how long they last.
 SEED = 1
@@ -45,6 +45,7 @@ MINUTES = 5
 GOLANGCI_VERSION = v2.15.0
 GOLANGCI = build/tools/golangci-lint-$(GOLANGCI_VERSION)
 PROMTOOL = build/tools/promtool
+OCF = build/tools/ocf
 # The newest whose modules the Go proxy has all of. It is no dependency of go.mod:
 # it would bring a hundred modules.
 NFPM_VERSION = v2.45.0
@@ -133,6 +134,22 @@ test-web:
 	@contrib/deps.sh web
 	$(GO) vet -tags browser ./plugin/web
 	$(GO) test -tags browser -count 1 ./plugin/web $(if $(PICTURE),-picture $(abspath $(PICTURE)))
+
+test-orchestration: $(OCF)
+	@contrib/deps.sh orchestration
+	contrib/ocf/test.sh $(OCF)
+	$(GO) build -tags $(TAGS) -o build/ftvirt ./plugin/cmd/ftvirt
+	contrib/ansible/test.sh build/ftvirt
+
+# What resource agents build on. Taken out of Debian's package, since installing
+# that would bring a cluster's parts.
+$(OCF):
+	rm -rf $@ $@.tmp
+	mkdir -p $@.tmp
+	cd $@.tmp && apt-get -q -o APT::Sandbox::User=root download resource-agents
+	dpkg-deb -x $@.tmp/resource-agents_*.deb $@.tmp
+	rm $@.tmp/*.deb
+	mv $@.tmp $@
 
 # They say themselves what failed, and keep the logs in build/evidence.
 demo test-security soak-failover soak-crash soak-clone chaos: build build/guest
