@@ -137,6 +137,7 @@ test-web:
 
 test-orchestration: $(OCF)
 	@contrib/deps.sh orchestration
+	contrib/preset/test.sh
 	contrib/ocf/test.sh $(OCF)
 	$(GO) build -tags $(TAGS) -o build/ftvirt ./plugin/cmd/ftvirt
 	contrib/ansible/test.sh build/ftvirt

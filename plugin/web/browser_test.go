@@ -18,13 +18,18 @@ import (
 	"image/color"
 	"image/draw"
 	"image/png"
+	"io"
 	"maps"
 	"math"
+	"mime"
+	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -331,6 +336,92 @@ func TestBrowser(t *testing.T) {
 	}
 	for _, c := range b.complaints {
 		t.Errorf("the browser complains: %s", c)
+	}
+}
+
+// standIn is as much of Cockpit's library as the package in contrib uses.
+const standIn = `const cockpit = {
+	file: path => ({ read: () => fetch("/file" + path).then(r => r.ok ? r.text() : null) }),
+	http: where => ({
+		get: path => fetch("/agent/" + where.address + "/" + where.port + path).then(r => r.ok ? r.text() : Promise.reject(new Error("not-found"))),
+		close: () => {},
+	}),
+};`
+
+// The package for Cockpit shows the same page, under the policy that Cockpit sets,
+// and says what is missing when there is none.
+func TestBrowserCockpit(t *testing.T) {
+	p := three()
+	var toml atomic.Value
+	toml.Store("[metrics]\nlisten = \"127.0.0.1:7702\"\n\n[web]\n# Where.\nlisten = \":7703\"\n[peers.hostb]\n")
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /ftvirt/{file}", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Security-Policy", "default-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'self'; object-src 'none'; font-src 'self'; img-src 'self'; block-all-mixed-content")
+		if r.PathValue("file") == "style.css" {
+			http.ServeFileFS(w, r, files, "style.css")
+			return
+		}
+		text, err := os.ReadFile(filepath.Join(cockpit, filepath.Base(r.PathValue("file"))))
+		if err != nil {
+			http.NotFound(w, r)
+			return
+		}
+		w.Header().Set("Content-Type", mime.TypeByExtension(filepath.Ext(r.PathValue("file"))))
+		_, _ = w.Write(text)
+	})
+	mux.HandleFunc("GET /favicon.ico", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	mux.HandleFunc("GET /base1/cockpit.js", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/javascript")
+		_, _ = io.WriteString(w, standIn)
+	})
+	mux.HandleFunc("GET /file/etc/ftvirt/ftvirt.toml", func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, toml.Load().(string))
+	})
+	mux.Handle("GET /agent/127.0.0.1/7703/", http.StripPrefix("/agent/127.0.0.1/7703", Handler(func() Page { return p })))
+	server := httptest.NewServer(mux)
+	defer server.Close()
+	b := startBrowser(t)
+	b.open(server.URL+"/ftvirt/index.html", 1000, "light")
+	b.until(`document.querySelectorAll('#page section').length == 3`)
+	b.read(p)
+	var text string
+	b.evaluate(`document.querySelector("#page a[href='#domain-3']").click(), document.getElementById('notice').textContent + ' ' + location.hash + ' ' + (scrollY > 100)`, &text)
+	if !strings.HasPrefix(text, "ftvirt on hostb, ") || !strings.HasSuffix(text, "  true") {
+		t.Errorf("notice, address and whether the link led there: %q", text)
+	}
+	for _, c := range b.complaints {
+		t.Errorf("the browser complains: %s", c)
+	}
+	for config, want := range map[string]string{
+		"[web]\nlisten = \"\"\n":              "set listen in [web]",
+		"[web]\nlisten = \"127.0.0.1:9\"\n":   "does not answer at 127.0.0.1:9",
+		"[metrics]\nlisten = \"[::]:7703\"\n": "set listen in [web]",
+	} {
+		toml.Store(config)
+		b.open(server.URL+"/ftvirt/index.html", 1000, "light")
+		b.until(fmt.Sprintf(`document.getElementById('notice').textContent.includes(%q)`, want))
+		b.evaluate(`document.getElementById('page').textContent`, &text)
+		if text != "" {
+			t.Errorf("%q: it shows what is not: %q", config, text)
+		}
+	}
+}
+
+// until polls for what a script is about to do.
+func (b *browser) until(condition string) {
+	b.t.Helper()
+	limit := time.Now().Add(20 * time.Second)
+	for {
+		var met bool
+		if b.evaluate(condition, &met); met {
+			return
+		}
+		if time.Now().After(limit) {
+			var text string
+			b.evaluate("document.body.innerText", &text)
+			b.t.Fatalf("not so in time: %s; the page: %s; %q", condition, text, b.complaints)
+		}
+		<-time.After(50 * time.Millisecond)
 	}
 }
 
