@@ -26,6 +26,9 @@ cd "$NOW"
 [ "$1 $2 $3" = "-q -c test:///ft" ] || { echo "virsh $*" >>unexpected; exit 1; }
 shift 3
 [ "$1" = list ] || [ "$1" = metadata ] || echo "virsh $1" >>log
+[ -e no-libvirt ] && read -r left <no-libvirt
+[ "${left:-}" != 0 ] || rm no-libvirt
+[ -z "${left:-}" ] || [ "$left" = 0 ] || echo $((left - 1)) >no-libvirt
 [ ! -e no-libvirt ] || { echo "error: failed to connect to the hypervisor" >&2; exit 1; }
 case "$*" in
 "list --name") echo other; echo web-2; [ ! -e active ] || echo web ;;
@@ -111,7 +114,8 @@ for state in cloning protected going-live; do now backup $state hosta; expect 7 
 for state in unprotected cloning protected going-live live; do now primary $state hostb; expect 0 '' monitor; done
 now primary failed hostb; expect 7 '' monitor
 now none unprotected; expect 0 '' monitor # it runs and nobody asked for protection
-now primary protected hostb; touch "$NOW/no-libvirt"; expect 1 '' monitor
+now primary protected hostb; echo >"$NOW/no-libvirt"; expect 1 '' monitor
+now primary protected hostb; echo 2 >"$NOW/no-libvirt"; expect 0 '' monitor # it was restarted
 
 # An agent that is away for a moment is waited for; one that stays away harms no guest.
 now primary protected hostb; echo 2 >"$NOW/no-agent"; expect 0 '' monitor
@@ -125,6 +129,7 @@ now; expect 0 'virsh start' start
 now primary live; expect 0 '' start
 now backup going-live hosta; expect 0 '' start   # the primary was lost
 now backup protected hosta; expect 1 '' start    # it is not lost: nothing may force it
+now; echo >"$NOW/no-libvirt"; expect 1 '' start
 now; touch "$NOW/refuse-start"; expect 1 'virsh start' start
 grep -q 'host hostb owns it' "$dir/out" || { echo "FAIL: start does not say why"; failed=1; }
 
@@ -133,7 +138,8 @@ now primary protected hostb; touch "$NOW/deaf"; expect 0 'virsh shutdown,virsh d
 now; expect 0 '' stop
 now backup protected hosta; expect 0 '' stop
 [ -e "$NOW/active" ] || { echo "FAIL: stop ended a backup"; failed=1; }
-now primary protected hostb; touch "$NOW/no-libvirt"; expect 1 '' stop
+now primary protected hostb; echo >"$NOW/no-libvirt"; expect 1 '' stop
+now primary protected hostb; echo 2 >"$NOW/no-libvirt"; expect 0 'virsh shutdown' stop
 now backup protected hosta; echo >"$NOW/no-agent"; echo "<pair role='backup'/>" >"$NOW/annotation"; expect 1 '' stop
 
 to=OCF_RESKEY_CRM_meta_migrate_target

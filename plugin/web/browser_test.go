@@ -219,16 +219,16 @@ func three() Page {
 	ms := func(v float64) string { return fmt.Sprintf("%.1f ms", v) }
 	rate := func(v float64) string { return fmt.Sprintf("%.1f KiB/s", v/1024) }
 	// curve is a figure that wavers as of a guest at work, the same each time.
-	curve := func(name string, format func(float64) string, n int, base, swing, phase float64) Line {
+	curve := func(name string, format func(float64) string, base, swing, phase float64) Line {
 		l := Line{Name: name, Format: format, Every: time.Second}
-		for i := range n {
+		for i := range 300 {
 			x := float64(i)
 			l.Values = append(l.Values, base+swing*(math.Sin(x/9+phase)+0.6*math.Sin(x/2.3+phase)+0.4*math.Sin(x*1.7))/2)
 		}
 		return l
 	}
-	flat := func(name string, format func(float64) string, n int) Line {
-		return Line{Name: name, Format: format, Every: time.Second, Values: make([]float64, n)}
+	flat := func(name string, format func(float64) string) Line {
+		return Line{Name: name, Format: format, Every: time.Second, Values: make([]float64, 300)}
 	}
 	// alone is a figure of a domain that has had no backup for 18 seconds.
 	alone := func(l Line) Line {
@@ -241,13 +241,13 @@ func three() Page {
 	return Page{Host: "hostb", Time: now, Pairs: []Pair{
 		{
 			ID: "domain-1", Domain: "web", State: "protected", Role: "primary", Peer: "hosta", Epoch: 12,
-			Lag: curve("Lag", ms, 300, 5, 4, 0), Log: curve("Log", rate, 300, 180<<10, 120<<10, 2), Delay: curve("Output delay", ms, 300, 1.4, 0.8, 3),
+			Lag: curve("Lag", ms, 5, 4, 0), Log: curve("Log", rate, 180<<10, 120<<10, 2), Delay: curve("Output delay", ms, 1.4, 0.8, 3),
 			Events: []Event{at(26*time.Hour, 12, "protected", ""), at(26*time.Hour+4*time.Second, 12, "cloning", "initialising")},
 		},
 		{
 			ID: "domain-2", Domain: "mail", State: "cloning", Reason: "initialising", Clone: "disks 41 %", Role: "primary", Peer: "hostc", Epoch: 8,
-			Lag: alone(curve("Lag", ms, 300, 6, 3, 1)), Log: alone(curve("Log", rate, 300, 60<<10, 50<<10, 1)),
-			Delay: alone(curve("Output delay", ms, 300, 1.1, 0.5, 5)),
+			Lag: alone(curve("Lag", ms, 6, 3, 1)), Log: alone(curve("Log", rate, 60<<10, 50<<10, 1)),
+			Delay: alone(curve("Output delay", ms, 1.1, 0.5, 5)),
 			Events: []Event{
 				at(3*time.Second, 8, "cloning", "initialising"), at(17720*time.Millisecond, 7, "live", "peer-agent-lost"),
 				at(17890*time.Millisecond, 7, "going-live", "peer-agent-lost"), at(5*time.Hour, 7, "protected", ""),
@@ -256,7 +256,7 @@ func three() Page {
 		{
 			ID: "domain-3", Domain: "database-of-the-second-floor", State: "unprotected", Reason: "clone-failed", Role: "primary", Peer: "hostc", Epoch: 3,
 			Failure: "host hostc: /var/lib/libvirt/images has 12 GiB left, and the disks need 40 GiB",
-			Lag:     flat("Lag", ms, 300), Log: flat("Log", rate, 300), Delay: flat("Output delay", ms, 300),
+			Lag:     flat("Lag", ms), Log: flat("Log", rate), Delay: flat("Output delay", ms),
 			Events: []Event{
 				at(2*time.Minute, 3, "unprotected", "clone-failed"), at(2*time.Minute+time.Second, 3, "cloning", "initialising"),
 				at(9*time.Minute, 2, "live", "divergence"), at(9*time.Minute+90*time.Millisecond, 2, "going-live", "divergence"),
