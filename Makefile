@@ -128,7 +128,7 @@ unit-test: build | $(PROMTOOL)
 	$(GO) test -tags $(TAGS) -race -timeout 5m $(UNIT)
 
 lab-test: build build/guest unit-test
-	$(GO) test -tags $(TAGS) -p 1 -count 1 -timeout 15m $(LAB)
+	$(GO) test -tags $(TAGS) -p 1 -count 1 -timeout 20m $(LAB)
 
 test-web:
 	@contrib/deps.sh web

@@ -309,6 +309,9 @@ func (c *clone) copyDisks(ctx context.Context) error {
 			"job-id": name, "device": d.Root, "target": name, "sync": "full",
 			"copy-mode": "write-blocking", "filter-node-name": name + "-filter",
 			"on-source-error": "report", "on-target-error": "report",
+			// All disks are copied at once. What the guest writes meanwhile comes
+			// on top: it cannot be held back.
+			"speed": c.o.Bandwidth / int64(len(c.disks)),
 		}, nil)
 		if err != nil {
 			return fmt.Errorf("%s: %w", d.Target, err)
