@@ -71,10 +71,12 @@ func TestHandshakeThenRawBytes(t *testing.T) {
 }
 
 func TestRefuse(t *testing.T) {
+	handled := make(chan struct{})
 	addr := start(t, DefaultConfig(), func(ctx context.Context, in *Incoming) {
 		if in.Hello.Target == "forgotten" {
 			return
 		}
+		defer close(handled)
 		if err := in.Refuse(ctx, RefuseEpoch, "epoch 7 is over"); err != nil {
 			t.Error(err)
 		}
@@ -83,6 +85,9 @@ func TestRefuse(t *testing.T) {
 		}
 	})
 	_, _, err := Dial(t.Context(), Plain(), addr, testHello, DefaultConfig())
+	// The answer is here before Refuse returns, which the end of the test would
+	// interrupt.
+	<-handled
 	var re *RefusedError
 	if !errors.Is(err, ErrRefused) || !errors.As(err, &re) || re.Code != RefuseEpoch || re.Text != "epoch 7 is over" {
 		t.Errorf("error %v", err)
