@@ -9,6 +9,7 @@ import (
 	"errors"
 	"io"
 	"math/rand/v2"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -282,7 +283,8 @@ func TestStoreUnderLoad(t *testing.T) {
 		log = append(log, packet(rng.IntN(100_000))...)
 	}
 	consumed := make(chan plugin.Position, 8)
-	go func() {
+	var both sync.WaitGroup
+	both.Go(func() {
 		for rest := log; len(rest) > 0; {
 			n := min(len(rest), 1+rng.IntN(50_000))
 			if _, err := s.Append(t.Context(), plugin.Position(len(log)-len(rest)), rest[:n]); err != nil {
@@ -292,14 +294,14 @@ func TestStoreUnderLoad(t *testing.T) {
 			rest = rest[n:]
 		}
 		s.Seal()
-	}()
-	go func() { // QEMU, which is behind
+	})
+	both.Go(func() { // QEMU, which is behind
 		for pos := range consumed {
 			if err := s.Release(pos); err != nil {
 				t.Error(err)
 			}
 		}
-	}()
+	})
 	var got []byte
 	for {
 		pos, data, err := s.Next(t.Context(), 10_000)
@@ -313,6 +315,7 @@ func TestStoreUnderLoad(t *testing.T) {
 		consumed <- pos + plugin.Position(len(data))
 	}
 	close(consumed)
+	both.Wait()
 	if !bytes.Equal(got, log) {
 		t.Errorf("%d bytes came out of %d, or others", len(got), len(log))
 	}
