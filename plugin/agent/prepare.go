@@ -38,7 +38,8 @@ func (a *Agent) Prepare(ctx context.Context, name, peer string) error {
 	if len(problems) > 0 {
 		return &hooks.NotReadyError{Domain: info.Name, Problems: problems}
 	}
-	return a.redefine(ctx, info, func(text string) (string, error) { return readyXML(text, peer, a.transformOptions()) })
+	_, err = a.redefine(ctx, info, func(text string) (string, error) { return readyXML(text, peer, a.transformOptions()) })
+	return err
 }
 
 // Restore gives a domain that is not running the definition back that it had
@@ -51,19 +52,31 @@ func (a *Agent) Restore(ctx context.Context, name string) error {
 	if info.Active {
 		return fmt.Errorf("%w: use 'ftvirt disable %s'", ErrRunning, info.Name)
 	}
-	return a.redefine(ctx, info, plainXML)
+	_, err = a.redefine(ctx, info, plainXML)
+	return err
 }
 
-func (a *Agent) redefine(ctx context.Context, info virt.Info, change func(string) (string, error)) error {
+// redefine changes the definition of a domain, and tells whether there was
+// anything to change.
+func (a *Agent) redefine(ctx context.Context, info virt.Info, change func(string) (string, error)) (bool, error) {
 	text, err := a.virt.XML(ctx, info.UUID, true)
 	if err != nil {
-		return err
+		return false, err
 	}
-	if text, err = change(text); err != nil {
-		return fmt.Errorf("definition of %s: %w", info.Name, err)
+	// As libvirt and as we write the same may differ.
+	before, err := edit(text, func(dom *libvirtxml.Domain) (*libvirtxml.Domain, error) { return dom, nil })
+	if err != nil {
+		return false, fmt.Errorf("definition of %s: %w", info.Name, err)
 	}
-	_, err = a.virt.Define(ctx, text)
-	return err
+	after, err := change(text)
+	if err != nil {
+		return false, fmt.Errorf("definition of %s: %w", info.Name, err)
+	}
+	if before == after {
+		return false, nil
+	}
+	_, err = a.virt.Define(ctx, after)
+	return err == nil, err
 }
 
 // readyXML transforms a definition and notes the operator's wish in it.

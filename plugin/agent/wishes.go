@@ -5,7 +5,8 @@ package agent
 import (
 	"context"
 	"errors"
-	"fmt"
+
+	"libvirt.org/go/libvirtxml"
 
 	"ftvirt.org/ftvirt/hooks"
 	"ftvirt.org/ftvirt/plugin"
@@ -76,7 +77,11 @@ func (a *Agent) look(ctx context.Context, id plugin.UUID) {
 	if err != nil || !a.cfg.Protect.Auto || info.Active || !info.Persistent || wish.Mode != hooks.ModeProtected || wish.Backup() {
 		return
 	}
-	changed, err := a.makeReady(ctx, info)
+	changed, err := a.redefine(ctx, info, func(text string) (string, error) {
+		return edit(text, func(dom *libvirtxml.Domain) (*libvirtxml.Domain, error) {
+			return hooks.Transform(dom, a.transformOptions())
+		})
+	})
 	if ctx.Err() != nil {
 		return
 	}
@@ -122,35 +127,6 @@ func (a *Agent) wishOf(ctx context.Context, id plugin.UUID) (virt.Info, hooks.An
 		}
 	}
 	return info, wish, nil
-}
-
-// makeReady transforms the definition of a domain that is off, and tells whether
-// there was anything to change.
-func (a *Agent) makeReady(ctx context.Context, info virt.Info) (bool, error) {
-	text, err := a.virt.XML(ctx, info.UUID, true)
-	if err != nil {
-		return false, err
-	}
-	dom, err := hooks.Parse([]byte(text))
-	if err != nil {
-		return false, err
-	}
-	ready, err := hooks.Transform(dom, a.transformOptions())
-	if err != nil {
-		return false, err
-	}
-	before, err := dom.Marshal()
-	if err != nil {
-		return false, err
-	}
-	after, err := ready.Marshal()
-	if err != nil || before == after {
-		return false, err
-	}
-	if _, err := a.virt.Define(ctx, after); err != nil {
-		return false, fmt.Errorf("definition of %s: %w", info.Name, err)
-	}
-	return true, nil
 }
 
 // setWrong notes what is wrong with a domain's annotation, for its status, and
