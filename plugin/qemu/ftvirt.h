@@ -159,6 +159,9 @@ void ft_mode_schedule_idle(void);
 void ft_mode_open(void);
 void ft_mode_schedule_reset(void);
 void ft_mode_schedule_tick(void);
+void ft_disks_quiesce(void);
+bool ft_disks_busy(void);
+void ft_disks_resume(void);
 void ft_go_live(void);
 
 /* gate.c: the output rule. */

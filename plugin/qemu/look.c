@@ -61,21 +61,13 @@ bool ft_look_init(const char **why)
     return false;
 }
 
-/* QEMU tells only of nodes that take no new requests: for that moment. */
 static bool in_flight(void)
 {
-    bool found = false;
-    void *bs;
+    bool found;
 
-    for (bs = q.bdrv_next_node(NULL); bs; bs = q.bdrv_next_node(bs)) {
-        q.bdrv_do_drained_begin_quiesce(bs, NULL);
-    }
-    for (bs = q.bdrv_next_node(NULL); bs; bs = q.bdrv_next_node(bs)) {
-        found = found || q.bdrv_drain_poll(bs, NULL, false);
-    }
-    for (bs = q.bdrv_next_node(NULL); bs; bs = q.bdrv_next_node(bs)) {
-        q.bdrv_drained_end(bs);
-    }
+    ft_disks_quiesce();
+    found = ft_disks_busy();
+    ft_disks_resume();
     return found;
 }
 
@@ -89,28 +81,16 @@ static bool wanted(void)
     return now;
 }
 
-/* The guest is idle, and the main loop times for how long, to put its clock
- * forward: while the VM is stopped that is done otherwise than on the backup,
- * which is not. */
-static bool warping(void)
-{
-    return q.timers_state->vm_clock_warp_start != -1 ||
-           q.qemu_clock_deadline_ns_all(Q_CLOCK_VIRTUAL_RT,
-                                        Q_TIMER_ATTR_ALL) != -1;
-}
-
 /*
  * Stops a primary that has no disk request in flight, as one is known to one
- * side's disk before the other's, and no event queued: a network card that has
- * something to send begins with that anew when the VM starts, which would be one
- * event more than on the backup. This is the main loop, so the vCPU executes
+ * side's disk before the other's. What is queued, and the guest's idle time, are
+ * seen to at each stop (mode.c). This is the main loop, so the vCPU executes
  * nothing between the look and the stop.
  */
 static void hold(void *opaque)
 {
     (void)opaque;
-    if (!wanted() || !q.runstate_is_running() || q.replay_has_events() ||
-        warping() || in_flight()) {
+    if (!wanted() || !q.runstate_is_running() || in_flight()) {
         return;
     }
     q.vm_stop(Q_RUN_STATE_PAUSED);

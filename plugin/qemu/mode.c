@@ -354,7 +354,23 @@ void ft_mode_schedule_idle(void)
     q.aio_bh_schedule_oneshot_full(ft.main_context, go_idle, NULL, "ftvirt-idle");
 }
 
-static bool requests_in_flight(void)
+/* QEMU tells whether requests are in flight only of nodes that take no new
+ * ones. */
+void ft_disks_quiesce(void)
+{
+    for (void *bs = q.bdrv_next_node(NULL); bs; bs = q.bdrv_next_node(bs)) {
+        q.bdrv_do_drained_begin_quiesce(bs, NULL);
+    }
+}
+
+void ft_disks_resume(void)
+{
+    for (void *bs = q.bdrv_next_node(NULL); bs; bs = q.bdrv_next_node(bs)) {
+        q.bdrv_drained_end(bs);
+    }
+}
+
+bool ft_disks_busy(void)
 {
     for (void *bs = q.bdrv_next_node(NULL); bs; bs = q.bdrv_next_node(bs)) {
         if (q.bdrv_drain_poll(bs, NULL, false)) {
@@ -382,23 +398,20 @@ static void prepare_reset(void *opaque)
 {
     const struct timespec moment = { .tv_nsec = RESET_POLL_NS };
     bool in_flight;
-    void *bs;
 
     (void)opaque;
     if (!ft.started || *q.replay_mode == Q_REPLAY_NONE ||
         !q.replay_mutex_locked()) {
         return;
     }
-    for (bs = q.bdrv_next_node(NULL); bs; bs = q.bdrv_next_node(bs)) {
-        q.bdrv_do_drained_begin_quiesce(bs, NULL);
-    }
+    ft_disks_quiesce();
     for (;;) {
         if (q.runstate_is_running()) {
             q.icount_account_warp_timer(); /* and events, as below */
         } else {
             q.replay_async_events();
         }
-        in_flight = requests_in_flight();
+        in_flight = ft_disks_busy();
         if (!in_flight && q.replay_checkpoint(Q_CHECKPOINT_RESET)) {
             break;
         }
@@ -406,9 +419,7 @@ static void prepare_reset(void *opaque)
             nanosleep(&moment, NULL);
         }
     }
-    for (bs = q.bdrv_next_node(NULL); bs; bs = q.bdrv_next_node(bs)) {
-        q.bdrv_drained_end(bs);
-    }
+    ft_disks_resume();
 }
 
 /*

@@ -117,6 +117,7 @@ static ssize_t record_write(void *cookie, const char *buf, size_t size)
 
     (void)cookie;
     pthread_mutex_lock(&ft.lock);
+    now = ft_now_ns();
     while (left && ft.mode == FT_RECORD && !ft.ended) {
         size_t room = ft.ring.size - (ft.ring.head - ft.ring.tail);
         size_t n = left < room ? left : room;
@@ -125,11 +126,12 @@ static ssize_t record_write(void *cookie, const char *buf, size_t size)
             /* Flow control: the backup does not keep up or is gone. The
              * guest waits; the agent sees it in STATS. */
             if (!ft.full_since_ns) {
-                ft.full_since_ns = ft_now_ns();
+                ft.full_since_ns = now;
             }
             ft.flush = true;
             ft_wake_io();
             pthread_cond_wait(&ft.space, &ft.lock);
+            now = ft_now_ns();
             continue;
         }
         ft.full_since_ns = 0;
@@ -137,12 +139,12 @@ static ssize_t record_write(void *cookie, const char *buf, size_t size)
             ft_wake_io();
         }
         if (ft_in_vcpu) {
-            ft_digest_logged((const uint8_t *)buf, size, ft_now_ns());
+            ft_digest_logged((const uint8_t *)buf, size, now);
         }
         ft_ring_put((const uint8_t *)buf + size - left, n);
         left -= n;
     }
-    ft.last_log_ns = now = ft_now_ns();
+    ft.last_log_ns = now;
     part = ft.mode == FT_RECORD ? ft.pace : 0;
     pthread_mutex_unlock(&ft.lock);
     if (part && ft_in_vcpu) {

@@ -127,14 +127,11 @@ enum { Q_MAIN_LOOP_POLL_OK = 2 };
     X(bool, replay_mutex_locked, (void), "what the caller holds") \
     X(void, replay_finish_events, (void), "runs queued events when record is left") \
     X(void, replay_enable_events, (void), "queues events when record is entered") \
-    X(bool, replay_events_enabled, (void), "asserted at the switch") \
-    X(bool, replay_has_events, (void), "asserted empty at the switch") \
     X(void, replay_save_instructions, (void), "logs the instructions up to an output") \
     X(void, replay_fetch_data_kind, (void), "first event at the backup's start") \
     X(void, replay_register_char_driver, (void *chr), "libvirt's -chardev is not recorded otherwise") \
     X(void, bql_lock_impl, (const char *file, int line), "QEMU's big lock") \
     X(void, bql_unlock, (void), "QEMU's big lock") \
-    X(bool, bql_locked, (void), "what the caller holds") \
     X(void *, qemu_get_aio_context, (void), "main loop, to run things in it") \
     X(void, aio_bh_schedule_oneshot_full, (void *ctx, void (*cb)(void *), void *opaque, const char *name), "runs things in the main loop") \
     X(struct q_announce_parameters *, migrate_announce_params, (void), "shows how they lie") \
@@ -155,7 +152,6 @@ enum { Q_MAIN_LOOP_POLL_OK = 2 };
     X(bool, qemu_clock_run_timers, (int type), "due timers run before the state is saved") \
     X(int64_t, qemu_clock_deadline_ns_all, (int type, int attrs), "no timer is due at the switch; livelock watch") \
     X(int, qemu_find_net_clients_except, (const char *id, void **ncs, int type, int max), "NICs whose queues are emptied") \
-    X(void *, qemu_find_netdev, (const char *id), "layout check of the filter") \
     X(void, qemu_purge_queued_packets, (void *nc), "packets queued while stopped were not recorded") \
     X(ssize_t, qemu_netfilter_pass_to_next, (void *sender, unsigned flags, const void *iov, int iovcnt, void *nf), "lets a gated packet go") \
     X(void *, object_class_by_name, (const char *name), "class filter-replay, for the gate") \
