@@ -13,11 +13,13 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"ftvirt.org/ftvirt/hooks"
+	"ftvirt.org/ftvirt/migrate/resync"
 	"ftvirt.org/ftvirt/plugin"
 	"ftvirt.org/ftvirt/plugin/channel"
 )
@@ -58,6 +60,13 @@ type PrepareRequest struct {
 	Disks []Disk       `json:"disks"`
 }
 
+// PrepareReply tells of a backup domain that waits.
+type PrepareReply struct {
+	// Resync are the targets of disks whose replica is an old one, or that an
+	// older copy of the disk can be read for. See package resync.
+	Resync []string `json:"resync,omitempty"`
+}
+
 // EpochRequest names the epoch that a later step is about.
 type EpochRequest struct {
 	Epoch plugin.Epoch `json:"epoch"`
@@ -73,7 +82,8 @@ type Monitor interface {
 type Peer interface {
 	Call(ctx context.Context, method string, in, out any) error
 	// Tunnel opens a raw connection to the backup's QEMU: for its incoming
-	// migration ("migrate") or for one of its disks ("nbd").
+	// migration ("migrate") or for one of its disks ("nbd"); or to the backup's
+	// agent, to bring a replica up to date ("resync").
 	Tunnel(ctx context.Context, purpose, target string) (net.Conn, error)
 }
 
@@ -91,6 +101,8 @@ type Progress struct {
 	Phase       string `json:"phase"` // preparing, disks, memory, switching
 	Transferred int64  `json:"transferred"`
 	Remaining   int64  `json:"remaining"`
+	// Equal is how much of the disks the backup had already, and was not sent.
+	Equal int64 `json:"equal"`
 }
 
 // Options of a clone.
@@ -223,6 +235,8 @@ type clone struct {
 	*Source
 	o         Options
 	disks     []Disk
+	old       []string // targets to bring up to date
+	stats     resync.Stats
 	listeners []net.Listener
 	cancel    context.CancelFunc // of the tunnels
 	tunnels   context.Context
@@ -240,7 +254,7 @@ func (c *clone) monitor(ctx context.Context, command string, args, out any) erro
 func (c *clone) prepare(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, prepareTimeout)
 	defer cancel()
-	c.o.Progress(Progress{Phase: "preparing"})
+	c.progress(Progress{Phase: "preparing"})
 	xml, err := c.Local.XML(ctx, c.o.Domain, false)
 	if err != nil {
 		return err
@@ -252,11 +266,22 @@ func (c *clone) prepare(ctx context.Context) error {
 		return err
 	}
 	c.prepared = true
-	return c.Peer.Call(ctx, MethodPrepare, PrepareRequest{XML: xml, Epoch: c.o.Epoch, Disks: c.disks}, nil)
+	var reply PrepareReply
+	err = c.Peer.Call(ctx, MethodPrepare, PrepareRequest{XML: xml, Epoch: c.o.Epoch, Disks: c.disks}, &reply)
+	c.old = reply.Resync
+	return err
 }
 
+func (c *clone) progress(p Progress) {
+	p.Equal = c.stats.Equal.Load()
+	c.o.Progress(p)
+}
+
+// relay serves a connection of QEMU by the peer.
+type relay func(ctx context.Context, qemu, peer net.Conn) error
+
 // listen makes a unix socket whose connections go to the peer.
-func (c *clone) listen(name, purpose, target string) (string, error) {
+func (c *clone) listen(name, purpose, target string, serve relay) (string, error) {
 	path := filepath.Join(c.o.Dir, name)
 	l, err := net.Listen("unix", path)
 	if err != nil {
@@ -279,7 +304,7 @@ func (c *clone) listen(name, purpose, target string) (string, error) {
 					return
 				}
 				defer func() { _ = peer.Close() }()
-				_ = channel.Splice(c.tunnels, conn, peer)
+				_ = serve(c.tunnels, conn, peer)
 			}()
 		}
 	}()
@@ -291,7 +316,17 @@ func (c *clone) listen(name, purpose, target string) (string, error) {
 func (c *clone) copyDisks(ctx context.Context) error {
 	for i, d := range c.disks {
 		name := seedPrefix + strconv.Itoa(i)
-		path, err := c.listen("nbd-"+strconv.Itoa(i)+".sock", "nbd", d.Target)
+		// All disks are copied at once. What the guest writes meanwhile comes on
+		// top: it cannot be held back.
+		speed := c.o.Bandwidth / int64(len(c.disks))
+		purpose, serve := "nbd", relay(channel.Splice)
+		if slices.Contains(c.old, d.Target) {
+			// What is read here is not what is sent.
+			o := resync.Options{Stats: &c.stats, Limit: resync.NewLimit(speed)}
+			speed, purpose = 0, "resync"
+			serve = func(ctx context.Context, qemu, peer net.Conn) error { return resync.Send(ctx, qemu, peer, o) }
+		}
+		path, err := c.listen("nbd-"+strconv.Itoa(i)+".sock", purpose, d.Target, serve)
 		if err != nil {
 			return err
 		}
@@ -309,9 +344,7 @@ func (c *clone) copyDisks(ctx context.Context) error {
 			"job-id": name, "device": d.Root, "target": name, "sync": "full",
 			"copy-mode": "write-blocking", "filter-node-name": name + "-filter",
 			"on-source-error": "report", "on-target-error": "report",
-			// All disks are copied at once. What the guest writes meanwhile comes
-			// on top: it cannot be held back.
-			"speed": c.o.Bandwidth / int64(len(c.disks)),
+			"speed": speed,
 		}, nil)
 		if err != nil {
 			return fmt.Errorf("%s: %w", d.Target, err)
@@ -360,7 +393,7 @@ func (c *clone) disksReady(ctx context.Context) (bool, error) {
 		p.Remaining += j.Len - j.Offset
 		ready = ready && j.Ready && j.Synced
 	}
-	c.o.Progress(p)
+	c.progress(p)
 	return ready, nil
 }
 
@@ -377,7 +410,7 @@ func (c *clone) copyMemory(ctx context.Context) error {
 	if err := c.Peer.Call(ctx, MethodIncoming, EpochRequest{c.o.Epoch}, nil); err != nil {
 		return err
 	}
-	path, err := c.listen("migrate.sock", "migrate", "")
+	path, err := c.listen("migrate.sock", "migrate", "", channel.Splice)
 	if err != nil {
 		return err
 	}
@@ -403,7 +436,7 @@ func (c *clone) copyMemory(ctx context.Context) error {
 		if err != nil {
 			return false, err
 		}
-		c.o.Progress(Progress{Phase: "memory", Transferred: m.RAM.Transferred, Remaining: m.RAM.Remaining})
+		c.progress(Progress{Phase: "memory", Transferred: m.RAM.Transferred, Remaining: m.RAM.Remaining})
 		return m.Status == "pre-switchover", nil
 	})
 }
@@ -424,7 +457,7 @@ func (c *clone) query(ctx context.Context) (migration, error) {
 func (c *clone) switchOver(ctx context.Context) (time.Duration, error) {
 	ctx, cancel := context.WithTimeout(ctx, switchTimeout)
 	defer cancel()
-	c.o.Progress(Progress{Phase: "switching"})
+	c.progress(Progress{Phase: "switching"})
 	for _, name := range c.jobs {
 		// A mirror that is ready ends with equal disks when cancelled.
 		if err := c.monitor(ctx, "block-job-cancel", map[string]any{"device": name}, nil); err != nil {

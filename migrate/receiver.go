@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -14,7 +15,9 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 
+	"ftvirt.org/ftvirt/migrate/resync"
 	"ftvirt.org/ftvirt/plugin"
 )
 
@@ -50,6 +53,12 @@ type Receiver struct {
 	Domain  plugin.UUID
 	Dir     string // for sockets; made, and removed at the end
 	DiskDir string // for replicas of disks
+	// Seed finds an older copy of a disk on this host, which is only read; nil
+	// if there is none.
+	Seed func(ctx context.Context, disk Disk) Seed
+	// Keep leaves the replicas of a backup that is discarded, for the next to
+	// begin with; see Discard.
+	Keep bool
 	// Describe makes the backup's description out of the primary's; disks
 	// maps targets to paths on this host, nodes to the block nodes that
 	// libvirt will make for them.
@@ -57,10 +66,14 @@ type Receiver struct {
 	// Attached waits for the plugin of the new QEMU.
 	Attached func(ctx context.Context) (Replayer, error)
 
-	epoch   plugin.Epoch
-	disks   []Disk
-	nodes   map[string]string // by target
-	files   []string
+	epoch  plugin.Epoch
+	disks  []Disk
+	nodes  map[string]string // by target
+	files  []replica
+	resync []string // targets whose replica is an old one, or has a seed
+
+	seedMu  sync.Mutex      // since tunnels come beside the calls
+	seeds   map[string]Seed // by target
 	created bool
 	replay  Replayer
 }
@@ -68,21 +81,36 @@ type Receiver struct {
 // diskTarget is what libvirt calls disks.
 var diskTarget = regexp.MustCompile(`^[a-z]{1,8}[a-z0-9]{0,8}$`)
 
+// Seed is an older copy of a disk.
+type Seed interface {
+	io.ReaderAt
+	io.Closer
+}
+
+// replica is a file made for a backup.
+type replica struct {
+	path string
+	// once: it was complete at some time, so that the next backup can begin
+	// with it.
+	once bool
+}
+
 // replicaName is unique to an epoch, so that no clone ever writes into a file
-// that it did not make.
+// that it did not make, or took over when nobody used it.
 func replicaName(id plugin.UUID, target string, epoch plugin.Epoch, format string) string {
 	return fmt.Sprintf("ftvirt-%s-%s-%d.%s", id, target, epoch, format)
 }
 
-// Prepare starts a backup domain that waits for its state, with empty replicas
-// of the disks, exported for the primary to fill. If it fails, nothing is left.
-func (r *Receiver) Prepare(ctx context.Context, req PrepareRequest) (err error) {
+// Prepare starts a backup domain that waits for its state, with replicas of the
+// disks, empty or old, exported for the primary to fill. If it fails, nothing is
+// left that was not there before.
+func (r *Receiver) Prepare(ctx context.Context, req PrepareRequest) (reply PrepareReply, err error) {
 	active, err := r.Local.Active(ctx, r.Domain)
 	if err != nil {
-		return err
+		return reply, err
 	}
 	if active {
-		return fmt.Errorf("%w: %s", ErrActive, r.Domain)
+		return reply, fmt.Errorf("%w: %s", ErrActive, r.Domain)
 	}
 	r.epoch, r.disks = req.Epoch, req.Disks
 	defer func() {
@@ -92,41 +120,45 @@ func (r *Receiver) Prepare(ctx context.Context, req PrepareRequest) (err error) 
 			err = errors.Join(err, r.Discard(clean))
 		}
 	}()
-	r.removeOld()
 	paths := map[string]string{}
 	for _, d := range req.Disks {
 		path, err := r.makeReplica(ctx, d)
 		if err != nil {
-			return fmt.Errorf("replica of %s: %w", d.Target, err)
+			return reply, fmt.Errorf("replica of %s: %w", d.Target, err)
 		}
 		paths[d.Target] = path
 	}
+	r.removeOld()
 	xml, nodes, err := r.Describe(req.XML, req.Epoch, paths)
 	if err != nil {
-		return err
+		return reply, err
 	}
 	r.nodes = nodes
 	if err := r.Local.Create(ctx, xml); err != nil {
-		return err
+		return reply, err
 	}
 	r.created = true
 	if r.replay, err = r.Attached(ctx); err != nil {
-		return err
+		return reply, err
 	}
 	if err := MakeSocketDir(r.Dir, r.replay.User()); err != nil {
-		return err
+		return reply, err
 	}
-	return r.export(ctx)
+	return PrepareReply{Resync: r.resync}, r.export(ctx)
 }
 
 // Adopt takes up a backup that another Receiver made in epoch, for Discard to
-// remove. It finds its replicas by their names.
-func (r *Receiver) Adopt(epoch plugin.Epoch) error {
+// remove. It finds its replicas by their names. One that replays had complete
+// ones.
+func (r *Receiver) Adopt(epoch plugin.Epoch, replays bool) error {
 	files, err := filepath.Glob(filepath.Join(r.DiskDir, fmt.Sprintf("ftvirt-%s-*-%d.*", r.Domain, epoch)))
 	if err != nil {
 		return err
 	}
-	r.epoch, r.files, r.created = epoch, files, true
+	r.epoch, r.created = epoch, true
+	for _, path := range files {
+		r.files = append(r.files, replica{path, replays})
+	}
 	return nil
 }
 
@@ -139,11 +171,14 @@ func (r *Receiver) makeReplica(ctx context.Context, d Disk) (string, error) {
 		return "", fmt.Errorf("%w: %q of %d bytes", ErrTarget, d.Target, d.Size)
 	}
 	path := filepath.Join(r.DiskDir, replicaName(r.Domain, d.Target, r.epoch, d.Format))
+	if taken, err := r.takeOld(ctx, d, path); taken || err != nil {
+		return path, err
+	}
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
 		return "", err
 	}
-	r.files = append(r.files, path)
+	r.files = append(r.files, replica{path: path})
 	if err := f.Close(); err != nil {
 		return "", err
 	}
@@ -151,18 +186,28 @@ func (r *Receiver) makeReplica(ctx context.Context, d Disk) (string, error) {
 	if text, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("qemu-img: %w: %s", err, strings.TrimSpace(string(text)))
 	}
+	if r.Seed == nil {
+		return path, nil
+	}
+	if seed := r.Seed(ctx, d); seed != nil {
+		r.seedMu.Lock()
+		if r.seeds == nil {
+			r.seeds = map[string]Seed{}
+		}
+		r.seeds[d.Target] = seed
+		r.seedMu.Unlock()
+		r.resync = append(r.resync, d.Target)
+	}
 	return path, nil
 }
 
-// removeOld deletes replicas of earlier epochs: no domain here uses them.
-func (r *Receiver) removeOld() {
-	old, err := filepath.Glob(filepath.Join(r.DiskDir, "ftvirt-"+r.Domain.String()+"-*"))
-	if err != nil {
-		return
+func (r *Receiver) closeSeeds() {
+	r.seedMu.Lock()
+	defer r.seedMu.Unlock()
+	for _, s := range r.seeds {
+		_ = s.Close()
 	}
-	for _, path := range old {
-		_ = os.Remove(path)
-	}
+	r.seeds = nil
 }
 
 func (r *Receiver) monitor(ctx context.Context, command string, args any) error {
@@ -208,11 +253,35 @@ func (r *Receiver) Dial(ctx context.Context, purpose string) (net.Conn, error) {
 	return d.DialContext(ctx, "unix", r.socket(purpose))
 }
 
+// Resync brings the replica of a disk up to date with what comes from the
+// primary, until that hangs up.
+func (r *Receiver) Resync(ctx context.Context, peer net.Conn, target string) error {
+	qemu, err := r.Dial(ctx, "nbd")
+	if err != nil {
+		_ = peer.Close()
+		return err
+	}
+	var seed io.ReaderAt
+	r.seedMu.Lock()
+	if s, ok := r.seeds[target]; ok {
+		seed = s
+	}
+	r.seedMu.Unlock()
+	return resync.Receive(ctx, peer, qemu, target, seed)
+}
+
 // Incoming makes QEMU wait for its state. It starts by itself once it has it;
 // it announces nothing, since that would change what the guest sees.
 func (r *Receiver) Incoming(ctx context.Context, epoch plugin.Epoch) error {
 	if err := r.check(epoch); err != nil {
 		return err
+	}
+	for _, d := range r.disks {
+		// Or the tables of an image would be in this QEMU's memory alone until
+		// the guest flushes, and the image worth nothing to the next backup.
+		if err := r.flush(ctx, d.Target); err != nil {
+			return err
+		}
 	}
 	if err := r.monitor(ctx, "migrate-set-parameters", map[string]any{"announce-rounds": 0}); err != nil {
 		return err
@@ -223,11 +292,20 @@ func (r *Receiver) Incoming(ctx context.Context, epoch plugin.Epoch) error {
 	return r.monitor(ctx, "cont", nil)
 }
 
+func (r *Receiver) flush(ctx context.Context, target string) error {
+	qemu, err := r.Dial(ctx, "nbd")
+	if err != nil {
+		return err
+	}
+	return resync.Flush(ctx, qemu, target)
+}
+
 // Seeded takes the disks' export down; see clone.seeded.
 func (r *Receiver) Seeded(ctx context.Context, epoch plugin.Epoch) error {
 	if err := r.check(epoch); err != nil {
 		return err
 	}
+	r.closeSeeds()
 	return r.monitor(ctx, "nbd-server-stop", nil)
 }
 
@@ -239,11 +317,16 @@ func (r *Receiver) Finish(ctx context.Context, epoch plugin.Epoch) error {
 	if err := r.replay.Replaying(ctx); err != nil {
 		return err
 	}
+	for i := range r.files {
+		r.files[i].once = true
+	}
 	return os.RemoveAll(r.Dir)
 }
 
-// Discard removes the backup and every file made for it.
+// Discard removes the backup and every file made for it, except that replicas
+// are kept, if wanted, that were complete once: the next backup begins with them.
 func (r *Receiver) Discard(ctx context.Context) error {
+	r.closeSeeds()
 	var errs []error
 	if r.created {
 		if err := r.Local.Destroy(ctx, r.Domain); err != nil {
@@ -252,8 +335,9 @@ func (r *Receiver) Discard(ctx context.Context) error {
 		}
 		r.created = false
 	}
-	for _, path := range r.files {
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	for _, f := range r.files {
+		err := f.discard(r.Keep)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}
 	}

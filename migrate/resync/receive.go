@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"syscall"
 
 	"golang.org/x/sync/semaphore"
 )
@@ -198,3 +199,26 @@ func (r *receiver) fromSeed(q question) []byte {
 }
 
 func zero(p []byte) bool { return len(bytes.TrimLeft(p, "\x00")) == 0 }
+
+// Flush makes an NBD server write the disk name to storage, with whatever its
+// format keeps in memory.
+func Flush(ctx context.Context, qemu net.Conn, name string) error {
+	stop := context.AfterFunc(ctx, func() { _ = qemu.Close() })
+	defer stop()
+	defer func() { _ = qemu.Close() }()
+	if _, err := connect(qemu, name); err != nil {
+		return err
+	}
+	if _, err := qemu.Write(request{kind: cmdFlush, cookie: 1}.encode()); err != nil {
+		return err
+	}
+	r, err := readReply(qemu)
+	if err == nil && r.code != 0 {
+		err = fmt.Errorf("flush of %s: %w", name, syscall.Errno(r.code))
+	}
+	if err != nil {
+		return err
+	}
+	_, err = qemu.Write(request{kind: cmdDisconnect}.encode())
+	return err
+}

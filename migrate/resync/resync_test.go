@@ -169,7 +169,15 @@ func TestResync(t *testing.T) {
 				if c.seed != nil {
 					seed = bytes.NewReader(c.seed)
 				}
-				stats := copyOver(t, dir, image, serveNBD(t, dir, format, replica), seed, c.limit)
+				socket := serveNBD(t, dir, format, replica)
+				stats := copyOver(t, dir, image, socket, seed, c.limit)
+				qemu, err := net.Dial("unix", socket)
+				if err == nil {
+					err = Flush(t.Context(), qemu, "vda")
+				}
+				if err != nil {
+					t.Error(err)
+				}
 				tool(t, "qemu-img", "compare", "-U", "-f", "raw", "-F", format, image, replica)
 				if sent := stats.Sent.Load(); sent > c.most {
 					t.Errorf("%d bytes were sent, want at most %d", sent, c.most)

@@ -91,7 +91,7 @@ func (d *domain) adoptBackup(ctx context.Context, v *vm) {
 		cancel()
 	}
 	if err == nil {
-		err = b.receiver.Adopt(h.Epoch)
+		err = b.receiver.Adopt(h.Epoch, true)
 	}
 	if err != nil {
 		d.removeStray(ctx, v, err.Error())
@@ -163,13 +163,13 @@ func (d *domain) removeStray(ctx context.Context, v *vm, why string) {
 		return // this agent stops; the next one will take it up
 	}
 	d.a.log.Warn("a backup is removed", "domain", d.id, "epoch", v.Hello().Epoch, "reason", why)
-	d.a.wg.Go(func() {
+	d.removing(func() {
 		d.destroy(ctx, v)
 		b := d.newBackup("", v.Hello().Epoch)
 		defer b.cancel()
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), removeTimeout)
 		defer cancel()
-		if err := errors.Join(b.receiver.Adopt(b.epoch), b.discard(ctx)); err != nil {
+		if err := errors.Join(b.receiver.Adopt(b.epoch, v.Hello().Head > 0), b.discard(ctx)); err != nil {
 			d.a.log.Warn("cannot remove what was made for a backup", "domain", d.id, "error", err)
 		}
 	})
@@ -181,7 +181,7 @@ func (d *domain) newBackup(peer string, epoch plugin.Epoch) *backup {
 	b.ctx, b.cancel = context.WithCancel(d.a.ctx)
 	b.receiver = &migrate.Receiver{
 		Local: hypervisor{d.a.virt}, Domain: d.id, Dir: d.a.cloneDir(d.id), DiskDir: d.a.cfg.Clone.DiskDir,
-		Describe: d.describeBackup, Attached: b.waitVM,
+		Describe: d.describeBackup, Attached: b.waitVM, Seed: d.seed, Keep: d.a.cfg.Clone.KeepReplicas > 0,
 	}
 	return b
 }

@@ -143,6 +143,7 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	// The first question makes libvirt probe QEMU, for seconds: not when
 	// somebody waits.
 	a.wg.Go(func() { _, _ = a.virt.Hypervisor(ctx) })
+	a.wg.Go(func() { a.age(ctx) })
 	group.Go(func() error { return a.detect.Run(ctx) })
 	group.Go(func() error { return channel.Serve(ctx, a.transport, peers, a.channel, a.servePeer) })
 	group.Go(func() error { return a.serveAdmin(ctx, admin) })

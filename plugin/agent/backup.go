@@ -114,7 +114,10 @@ func (d *domain) untilFree(ctx context.Context) (pair.Status, bool) {
 	defer t.Stop()
 	for {
 		s, v, _, _ := d.snapshot()
-		if v == nil && !s.Removing && (s.State == pair.Unprotected || s.State == pair.Failed) {
+		d.mu.Lock()
+		busy := d.removals > 0
+		d.mu.Unlock()
+		if v == nil && !busy && !s.Removing && (s.State == pair.Unprotected || s.State == pair.Failed) {
 			return s, true
 		}
 		select {
@@ -212,7 +215,7 @@ func (b *backup) prepare(ctx context.Context, r migrate.PrepareRequest) (any, er
 	}
 	ctx, cancel := context.WithTimeout(ctx, prepareTimeout)
 	defer cancel()
-	return nil, b.receiver.Prepare(ctx, r)
+	return b.receiver.Prepare(ctx, r)
 }
 
 // discardRequest is the primary's: the clone failed before the switch.
@@ -243,6 +246,14 @@ func (b *backup) discard(ctx context.Context) error {
 
 // tunnel connects the primary's QEMU with this host's.
 func (b *backup) tunnel(ctx context.Context, in *channel.Incoming) {
+	if in.Hello.Purpose == channel.PurposeResync {
+		if nc, err := in.Welcome(ctx, 0); err == nil {
+			if err := b.receiver.Resync(b.ctx, nc, in.Hello.Target); err != nil {
+				b.d.a.log.Debug("resync", "domain", b.d.label(), "disk", in.Hello.Target, "error", err)
+			}
+		}
+		return
+	}
 	qemu, err := b.receiver.Dial(ctx, in.Hello.Purpose.String())
 	if err != nil {
 		_ = in.Refuse(ctx, channel.RefuseInternal, err.Error())

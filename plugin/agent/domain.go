@@ -48,6 +48,7 @@ type domain struct {
 	acks  *metrics.Histogram // how long pieces of the log waited for their acks
 
 	adoptions int // of what an earlier agent left, under way
+	removals  int // of copies here, under way
 
 	verifying sync.Mutex    // held while both sides are compared
 	enabling  sync.Mutex    // held while a clone is being begun

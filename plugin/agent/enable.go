@@ -240,6 +240,7 @@ func (a *Agent) Disable(ctx context.Context, name string) error {
 	// The wish goes first, or the domain would be protected again at once.
 	err = d.annotate(ctx, info, "", "")
 	d.post(pair.Event{Kind: pair.EventUserDisable})
+	a.wg.Go(func() { d.forgetReplicas(a.ctx) })
 	return err
 }
 

@@ -12,6 +12,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"sort"
 	"strings"
 
 	"ftvirt.org/ftvirt/hooks"
@@ -82,56 +83,83 @@ func qemuImg(ctx context.Context, out any, args ...string) error {
 	return nil
 }
 
-// hash reads what the guest sees of a disk, whatever its format, and gives the
-// hash of each chunk. Nothing may write to it meanwhile.
-func (i image) hash(ctx context.Context) ([]byte, int64, error) {
+// open makes what the guest sees of a disk readable, whatever its format.
+// Nothing may write to it meanwhile.
+func (i image) open(ctx context.Context) (*content, error) {
 	var chain []struct {
 		Filename string `json:"filename"`
 		Size     int64  `json:"virtual-size"`
 	}
 	if err := qemuImg(ctx, &chain, "info", "-U", "--backing-chain", "--output=json", "-f", i.format, i.path); err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	var extents []extent
 	if err := qemuImg(ctx, &extents, "map", "-U", "--output=json", "-f", i.format, i.path); err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	if len(chain) == 0 {
-		return nil, 0, fmt.Errorf("%w: qemu-img names no file", errImage)
+		return nil, fmt.Errorf("%w: qemu-img names no file", errImage)
 	}
-	r := content{ctx: ctx, extents: extents, size: chain[0].Size}
-	defer r.close()
+	c := &content{extents: extents, size: chain[0].Size}
 	for _, link := range chain {
 		f, err := os.Open(link.Filename)
 		if err != nil {
-			return nil, 0, err
+			_ = c.Close()
+			return nil, err
 		}
-		r.files = append(r.files, f)
+		c.files = append(c.files, f)
 	}
-	hashes, err := r.hash()
-	return hashes, r.size, err
+	return c, nil
+}
+
+// hash gives the hash of each chunk of a disk, and its size.
+func (i image) hash(ctx context.Context) ([]byte, int64, error) {
+	c, err := i.open(ctx)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer func() { _ = c.Close() }()
+	hashes, err := c.hash(ctx)
+	return hashes, c.size, err
 }
 
 // content is a disk as extents of files, the image and what it is based on.
 type content struct {
-	ctx     context.Context
 	extents []extent
 	files   []*os.File
 	size    int64
 }
 
-func (c *content) close() {
+// Close closes its files.
+func (c *content) Close() error {
+	var errs []error
 	for _, f := range c.files {
-		_ = f.Close()
+		errs = append(errs, f.Close())
 	}
+	return errors.Join(errs...)
 }
 
-func (c *content) hash() ([]byte, error) {
+// ReadAt implements io.ReaderAt.
+func (c *content) ReadAt(p []byte, at int64) (int, error) {
+	if at < 0 || at > c.size {
+		return 0, fmt.Errorf("%w: it does not reach to %d", errImage, at)
+	}
+	n := int(min(int64(len(p)), c.size-at))
+	if _, err := c.read(p[:n], at); err != nil {
+		return 0, err
+	}
+	if n < len(p) {
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+func (c *content) hash(ctx context.Context) ([]byte, error) {
 	var hashes []byte
 	buf := make([]byte, diskChunk)
 	zeros := sha256.Sum256(buf)
 	for at := int64(0); at < c.size; at += diskChunk {
-		if err := c.ctx.Err(); err != nil {
+		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
 		p := buf[:min(diskChunk, c.size-at)]
@@ -154,13 +182,11 @@ func (c *content) read(p []byte, at int64) (data bool, err error) {
 	clear(p)
 	end := at + int64(len(p))
 	for done := at; done < end; {
-		for len(c.extents) > 0 && c.extents[0].Start+c.extents[0].Length <= done {
-			c.extents = c.extents[1:]
-		}
-		if len(c.extents) == 0 || c.extents[0].Start > done {
+		i := sort.Search(len(c.extents), func(i int) bool { return c.extents[i].Start+c.extents[i].Length > done })
+		if i == len(c.extents) || c.extents[i].Start > done {
 			return false, fmt.Errorf("%w: qemu-img leaves out what is at %d", errImage, done)
 		}
-		e := c.extents[0]
+		e := c.extents[i]
 		to := min(end, e.Start+e.Length)
 		if e.Data && !e.Zero {
 			if e.Compressed || e.Offset == nil || e.Depth < 0 || e.Depth >= len(c.files) {

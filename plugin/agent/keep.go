@@ -106,6 +106,9 @@ func (d *domain) follow(ctx context.Context) {
 	if wish.Mode != hooks.ModeProtected {
 		d.a.log.Info("the annotation asks for no backup any more", "domain", d.label())
 		d.post(pair.Event{Kind: pair.EventUserDisable})
+		if wish.Mode == "" {
+			d.a.wg.Go(func() { d.forgetReplicas(ctx) })
+		}
 	}
 }
 

@@ -23,6 +23,9 @@ const (
 	methodHost = "host.info"
 	// methodHeartbeat agrees on the key of the heartbeats of this epoch.
 	methodHeartbeat = "heartbeat.begin"
+	// methodForget says that a domain is not to be backed up any more: what is
+	// kept for its next backup can go.
+	methodForget = "replicas.forget"
 )
 
 // hostInfo tells whether a host can take a backup.
@@ -108,15 +111,21 @@ func (a *Agent) newDetector() (*detect.Service, error) {
 // probe asks a peer what it runs, without naming a domain.
 func (a *Agent) probe(ctx context.Context, peer string) (hostInfo, error) {
 	var info hostInfo
+	err := a.ask(ctx, peer, methodHost, struct{}{}, &info)
+	return info, err
+}
+
+// ask calls a method of a peer's agent outside of any pair.
+func (a *Agent) ask(ctx context.Context, peer, method string, in, out any) error {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	conn, _, err := a.dial(ctx, peer, plugin.UUID{}, 0, "")
 	if err != nil {
-		return info, err
+		return err
 	}
 	defer func() { _ = conn.Close() }()
 	go func() { _, _ = conn.Receive(ctx) }()
-	return info, conn.Call(ctx, methodHost, struct{}{}, &info)
+	return conn.Call(ctx, method, in, out)
 }
 
 // probeTimeout allows for a libvirt that has to learn first what its QEMU is.
@@ -132,6 +141,9 @@ func (a *Agent) serveProbe(ctx context.Context, in *channel.Incoming) {
 	handlers[methodHost] = handler(func(ctx context.Context, _ struct{}) (any, error) {
 		a.peerUp()
 		return a.hostInfo(ctx)
+	})
+	handlers[methodForget] = handler(func(ctx context.Context, r forgetRequest) (any, error) {
+		return struct{}{}, a.forget(ctx, r.Domain)
 	})
 	conn, err := channel.NewConn(nc, a.channel, handlers)
 	if err != nil {

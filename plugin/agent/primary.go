@@ -161,8 +161,9 @@ func (p *primary) clone(v *vm) error {
 		Downtime: cfg.Clone.DowntimeLimit, Bandwidth: int64(cfg.Clone.Bandwidth),
 		Progress: p.goesOn,
 		Switched: func(pause time.Duration) {
-			p.progress(func(c *cloneProgress) { c.Pause = pause })
-			p.d.a.log.Info("cloned", "domain", p.d.label(), "epoch", p.epoch, "peer", p.peer, "pause", pause)
+			var equal int64
+			p.progress(func(c *cloneProgress) { c.Pause, equal = pause, c.Equal })
+			p.d.a.log.Info("cloned", "domain", p.d.label(), "epoch", p.epoch, "peer", p.peer, "pause", pause, "equal_disk_bytes", equal)
 		},
 	})
 	return err
@@ -228,8 +229,11 @@ func (p *primary) Tunnel(ctx context.Context, purpose, target string) (net.Conn,
 		return nil, err
 	}
 	kind := channel.PurposeMigrate
-	if purpose == "nbd" {
+	switch purpose {
+	case "nbd":
 		kind = channel.PurposeNBD
+	case "resync":
+		kind = channel.PurposeResync
 	}
 	conn, _, err := channel.Dial(ctx, p.d.a.transport, peer.Channel, channel.Hello{
 		Purpose: kind, From: p.d.a.cfg.Host, To: p.peer, Domain: p.d.id, Epoch: p.epoch, Target: target,

@@ -53,9 +53,9 @@ func (d *domain) execute(ctx context.Context, act pair.Action) {
 	case pair.ActionStopLogging:
 		// OpenGate leaves record as well.
 	case pair.ActionKillLocalVM:
-		d.a.wg.Go(func() { d.remove(ctx, v, nil) })
+		d.removing(func() { d.remove(ctx, v, nil) })
 	case pair.ActionDiscardBackup:
-		d.a.wg.Go(func() { d.remove(ctx, v, b) })
+		d.removing(func() { d.remove(ctx, v, b) })
 	case pair.ActionNotifyPeer:
 		c := entry{Kind: act.Notify.String(), Epoch: act.Epoch, Reason: act.Reason.String()}
 		switch {
@@ -168,6 +168,20 @@ func (d *domain) closeEpoch(ctx context.Context, epoch plugin.Epoch) {
 		})
 		d.mu.Lock()
 		delete(d.closing, epoch)
+		d.mu.Unlock()
+	})
+}
+
+// removing runs f, which ends a copy here: until it is over no other is begun,
+// which it could take for its own.
+func (d *domain) removing(f func()) {
+	d.mu.Lock()
+	d.removals++
+	d.mu.Unlock()
+	d.a.wg.Go(func() {
+		f()
+		d.mu.Lock()
+		d.removals--
 		d.mu.Unlock()
 	})
 }

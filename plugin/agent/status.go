@@ -56,6 +56,9 @@ type Status struct {
 	CloneTransferred int64   `json:"clone_transferred,omitempty" yaml:"clone_transferred,omitempty"`
 	CloneRemaining   int64   `json:"clone_remaining,omitempty" yaml:"clone_remaining,omitempty"`
 	ClonePause       float64 `json:"clone_pause_ms" yaml:"clone_pause_ms"`
+	// CloneEqual is how much of the disks, in bytes, the newest clone did not have
+	// to send, since an older copy there had it.
+	CloneEqual int64 `json:"clone_equal" yaml:"clone_equal"`
 	// Failure is why the last clone failed, Retry in how many seconds another
 	// is tried.
 	Failure string  `json:"failure,omitempty" yaml:"failure,omitempty"`
@@ -76,6 +79,7 @@ func (d *domain) report() Status {
 	st := Status{
 		Domain: d.name, UUID: d.id, Host: d.a.cfg.Host, Role: s.Role, State: s.State, Reason: s.Reason, Epoch: s.Epoch,
 		Peer: s.Peer, Mode: "none", Channel: d.a.channelSecurity(), Failure: d.failure, ClonePause: millis(d.progress.Pause),
+		CloneEqual:      d.progress.Equal,
 		AnnotationError: d.wrong,
 	}
 	switch {

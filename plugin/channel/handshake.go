@@ -30,6 +30,8 @@ const (
 	PurposeMigrate
 	// PurposeNBD carries NBD for one disk, named by the target.
 	PurposeNBD
+	// PurposeResync carries what package resync speaks, for one disk.
+	PurposeResync
 )
 
 func (p Purpose) String() string {
@@ -40,6 +42,8 @@ func (p Purpose) String() string {
 		return "migrate"
 	case PurposeNBD:
 		return "nbd"
+	case PurposeResync:
+		return "resync"
 	default:
 		return fmt.Sprintf("purpose %d", uint8(p))
 	}
@@ -53,7 +57,8 @@ type Hello struct {
 	From, To string
 	Domain   plugin.UUID
 	Epoch    plugin.Epoch
-	// Target names a part of the domain, such as a disk for [PurposeNBD].
+	// Target names a part of the domain, such as a disk for [PurposeNBD] and
+	// [PurposeResync].
 	Target string
 }
 
@@ -114,7 +119,7 @@ func parseHello(p []byte) (Hello, error) {
 		}
 		*s, rest = string(rest[2:2+n]), rest[2+n:]
 	}
-	if len(rest) != 0 || h.Purpose < PurposeSession || h.Purpose > PurposeNBD {
+	if len(rest) != 0 || h.Purpose < PurposeSession || h.Purpose > PurposeResync {
 		return h, malformed(FrameHello, p)
 	}
 	return h, nil

@@ -203,5 +203,8 @@ func statusOf(w io.Writer, s client.Status) error {
 	f.add("Instructions", strconv.FormatUint(s.Instructions, 10))
 	f.add("Compared", fmt.Sprintf("registers equal %d times", s.Compared))
 	f.add("Clone pause", milliseconds(s.ClonePause))
+	if s.CloneEqual > 0 {
+		f.add("Disks not sent", size(s.CloneEqual))
+	}
 	return f.flush()
 }

@@ -133,6 +133,9 @@ type Clone struct {
 	Timeout   time.Duration `toml:"timeout"`
 	// DiskDir is where this host keeps the disk replicas of backups.
 	DiskDir string `toml:"disk_dir"`
+	// KeepReplicas is how long this host keeps the replicas of a backup that it
+	// discarded: the next one begins with them. 0 keeps none.
+	KeepReplicas time.Duration `toml:"keep_replicas"`
 }
 
 // Protect configures how redundancy comes about and comes back.
@@ -232,6 +235,7 @@ func Default() Config {
 			Bandwidth:     100 * MiB,
 			Timeout:       10 * time.Minute,
 			DiskDir:       "/var/lib/libvirt/images",
+			KeepReplicas:  7 * 24 * time.Hour,
 		},
 		Protect: Protect{
 			Auto:     true,

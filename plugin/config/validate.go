@@ -116,6 +116,7 @@ func (c Config) Validate() error {
 	v.check(c.Clone.Timeout > c.Clone.DowntimeLimit && c.Clone.Timeout >= time.Second, "clone.timeout",
 		fmt.Sprintf("%s is too short for a clone", c.Clone.Timeout), `use minutes, such as "10m"`)
 	v.path("clone.disk_dir", c.Clone.DiskDir)
+	v.check(c.Clone.KeepReplicas >= 0, "clone.keep_replicas", fmt.Sprintf("%s is negative", c.Clone.KeepReplicas), "use 0 to keep none")
 
 	v.period("protect.retry_min", c.Protect.RetryMin)
 	v.check(c.Protect.RetryMax >= c.Protect.RetryMin, "protect.retry_max",

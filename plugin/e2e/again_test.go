@@ -3,6 +3,8 @@
 package e2e
 
 import (
+	"fmt"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -30,14 +32,18 @@ func TestRedundancyComesBack(t *testing.T) {
 	must(t, err)
 	t.Cleanup(traffic.Close)
 
+	// Its replica stayed, and is brought up to date.
 	_, err = vm.KillQEMU(t.Context(), hostb)
 	must(t, err)
 	epoch = again(t, b, vm, hosta, hostb, epoch)
+	resynced(t, b, vm, hosta, hostb)
 
 	killed, err := vm.KillQEMU(t.Context(), hosta)
 	must(t, err)
 	epoch = again(t, b, vm, hostb, hosta, epoch)
 	alive(t, traffic, killed)
+	// This host has no replica, but the disk from when the domain ran there.
+	resynced(t, b, vm, hostb, hosta)
 
 	out, err := hostb.Exec(t.Context(), lab.BinDir+"/ftvirt", "failover", "--test", vm.Name)
 	must(t, err)
@@ -69,6 +75,34 @@ func TestRedundancyComesBack(t *testing.T) {
 	n, err := vm.VerifyDisk(t.Context(), hosta)
 	must(t, err)
 	t.Logf("%d lines", n)
+
+	_, err = hosta.Exec(t.Context(), lab.BinDir+"/ftvirt", "disable", vm.Name)
+	must(t, err)
+	must(t, eventually(t.Context(), 10*time.Second, func() error {
+		left, err := filepath.Glob(hostb.Path("/var/lib/libvirt/images/ftvirt-*"))
+		if err == nil && len(left) > 0 {
+			err = fmt.Errorf("replicas are left: %v", left)
+		}
+		return err
+	}))
+}
+
+// resynced demands that the newest clone did not send all of the disk, and that both
+// sides are equal all the same.
+func resynced(t *testing.T, b *scenario.Bed, vm *scenario.VM, primary, backup *lab.Host) {
+	t.Helper()
+	s, err := b.Agent(primary).StatusOf(t.Context(), vm.Name)
+	must(t, err)
+	t.Logf("%d bytes of the disk were there already", s.CloneEqual)
+	if s.CloneEqual == 0 { // most of this disk is empty
+		t.Error("the disk was copied whole")
+	}
+	_, err = b.Wait(t.Context(), primary, vm.Name, "the backup to have caught up", 30*time.Second,
+		func(s client.Status) (bool, error) { return s.Lag < 100, nil })
+	must(t, err)
+	out, err := primary.Exec(t.Context(), lab.BinDir+"/ftvirt", "verify", vm.Name)
+	must(t, err)
+	t.Log(strings.TrimSpace(out))
 }
 
 // again waits for a pair of a later epoch and returns that.

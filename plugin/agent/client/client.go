@@ -72,6 +72,7 @@ type Status struct {
 	CloneTransferred int64   `json:"clone_transferred,omitempty" yaml:"clone_transferred,omitempty"`
 	CloneRemaining   int64   `json:"clone_remaining,omitempty" yaml:"clone_remaining,omitempty"`
 	ClonePause       float64 `json:"clone_pause_ms" yaml:"clone_pause_ms"`
+	CloneEqual       int64   `json:"clone_equal" yaml:"clone_equal"`
 	Failure          string  `json:"failure,omitempty" yaml:"failure,omitempty"`
 	Retry            float64 `json:"retry_s,omitempty" yaml:"retry_s,omitempty"`
 	AnnotationError  string  `json:"annotation_error,omitempty" yaml:"annotation_error,omitempty"`
