@@ -32,11 +32,9 @@ func TestRedundancyComesBack(t *testing.T) {
 	must(t, err)
 	t.Cleanup(traffic.Close)
 
-	// Its replica stayed, and is brought up to date.
 	_, err = vm.KillQEMU(t.Context(), hostb)
 	must(t, err)
 	epoch = again(t, b, vm, hosta, hostb, epoch)
-	resynced(t, b, vm, hosta, hostb)
 
 	killed, err := vm.KillQEMU(t.Context(), hosta)
 	must(t, err)
@@ -53,6 +51,8 @@ func TestRedundancyComesBack(t *testing.T) {
 	_, err = hosta.Exec(t.Context(), lab.BinDir+"/ftvirt", "restart-backup", vm.Name)
 	must(t, err)
 	epoch = again(t, b, vm, hosta, hostb, epoch)
+	// Its replica stayed, and was brought up to date.
+	resynced(t, b, vm, hosta, hostb)
 
 	_, err = hosta.Exec(t.Context(), lab.BinDir+"/ftvirt", "suspend", vm.Name)
 	must(t, err)
