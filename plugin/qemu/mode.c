@@ -423,13 +423,27 @@ static void prepare_reset(void *opaque)
 }
 
 /*
- * The main loop has polled. QEMU logs that a reset is due, and pauses the vCPU
- * after that, which may still take an interrupt meanwhile; the backup's may be
- * paused already. So the primary's is paused before it is logged.
+ * What the main loop queues for the log is logged and done by the vCPU's thread.
+ * QEMU kicks that, which does not wake a halted vCPU (rr_wait_io_event): packets
+ * and completions would wait for the guest's next timer. This wakes it.
+ */
+static void wake_for_events(void)
+{
+    if (*q.replay_mode == Q_REPLAY_RECORD && q.replay_mutex_locked() &&
+        q.replay_has_events()) {
+        q.qemu_clock_notify(Q_CLOCK_VIRTUAL);
+    }
+}
+
+/*
+ * The main loop polls, or has polled. QEMU logs that a reset is due, and pauses
+ * the vCPU after that, which may still take an interrupt meanwhile; the backup's
+ * may be paused already. So the primary's is paused before it is logged.
  */
 static void polled(struct q_plain_notifier *n, void *poll)
 {
     (void)n;
+    wake_for_events();
     if (*(int *)poll == Q_MAIN_LOOP_POLL_OK && ft.mode == FT_RECORD &&
         q.qemu_reset_requested_get() && q.runstate_is_running()) {
         q.pause_all_vcpus();

@@ -148,6 +148,8 @@ enum { Q_MAIN_LOOP_POLL_OK = 2 };
     X(void, tlb_flush, (void *cpu), "both sides start with an empty TLB") \
     X(void, qemu_notify_event, (void), "wakes the main loop") \
     X(int64_t, cpu_get_clock_locked, (void), "clock of the VM, adjusted at go-live; its lock may be held by the caller") \
+    X(bool, replay_has_events, (void), "whether a halted vCPU is to be woken") \
+    X(void, qemu_clock_notify, (int type), "wakes it") \
     X(void, qemu_clock_enable, (int type, bool enabled), "due timers run before the state is saved") \
     X(bool, qemu_clock_run_timers, (int type), "due timers run before the state is saved") \
     X(int64_t, qemu_clock_deadline_ns_all, (int type, int attrs), "no timer is due at the switch; livelock watch") \
