@@ -23,11 +23,14 @@
  * In record mode nobody looks at it. */
 #define LAST_KIND 1
 /* Kinds that the main loop must see: asynchronous events and shutdowns, for
- * which it wakes a halted vCPU, and checkpoints, which are its own. Kinds are
- * those of QEMU 9.1 to 10.x, see rrlog/FORMAT.md. */
+ * which it wakes a halted vCPU, and checkpoints, which are its own but for two.
+ * Kinds are those of QEMU 9.1 to 10.x, see rrlog/FORMAT.md. */
 #define FIRST_ASYNC_KIND 3
+#define LAST_ASYNC_KIND 9
 #define LAST_SHUTDOWN_KIND 21
 #define FIRST_CHECKPOINT_KIND 30
+#define CHECKPOINT_WARP_ACCOUNT_KIND 31
+#define CHECKPOINT_VIRTUAL_KIND 34
 
 #define REPLAY_CLOCK_VIRTUAL_RT 1
 
@@ -204,6 +207,17 @@ static bool for_main_loop(uint8_t kind)
            kind >= FIRST_CHECKPOINT_KIND;
 }
 
+/* What the vCPU's thread takes by itself before it executes anything else,
+ * unless the vCPU is halted. Each change of threads that is spared counts. */
+static bool for_vcpu(uint8_t kind)
+{
+    return ft_in_vcpu &&
+           ((kind >= FIRST_ASYNC_KIND && kind <= LAST_ASYNC_KIND) ||
+            kind == CHECKPOINT_WARP_ACCOUNT_KIND ||
+            kind == CHECKPOINT_VIRTUAL_KIND) &&
+           !q.all_cpu_threads_idle();
+}
+
 /* Called by QEMU with the replay mutex held, in replay mode. */
 static ssize_t replay_read(void *cookie, char *buf, size_t size)
 {
@@ -245,7 +259,7 @@ static ssize_t replay_read(void *cookie, char *buf, size_t size)
     }
     n = take(buf, size);
     pthread_mutex_unlock(&ft.lock);
-    if (kind && for_main_loop(*buf)) {
+    if (kind && for_main_loop(*buf) && !for_vcpu(*buf)) {
         /* It may sleep without a time limit, and nothing else wakes it: the
          * backup would lag, or at the end of the log never go live. */
         q.qemu_notify_event();

@@ -150,6 +150,7 @@ enum { Q_MAIN_LOOP_POLL_OK = 2 };
     X(int64_t, cpu_get_clock_locked, (void), "clock of the VM, adjusted at go-live; its lock may be held by the caller") \
     X(bool, replay_has_events, (void), "whether a halted vCPU is to be woken") \
     X(void, qemu_clock_notify, (int type), "wakes it") \
+    X(bool, all_cpu_threads_idle, (void), "whether the vCPU is halted") \
     X(void, qemu_clock_enable, (int type, bool enabled), "due timers run before the state is saved") \
     X(bool, qemu_clock_run_timers, (int type), "due timers run before the state is saved") \
     X(int64_t, qemu_clock_deadline_ns_all, (int type, int attrs), "no timer is due at the switch; livelock watch") \
