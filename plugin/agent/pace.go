@@ -19,8 +19,12 @@ const (
 	paceNow   = 2.5
 	paceSlope = 4.0
 	// paceRelease is how much of the part is given back in each second without
-	// lag.
-	paceRelease = 0.25
+	// lag, and less as the lag is nearer to the target: a backup that lagged for
+	// once, as at its start, is no slower for that.
+	paceRelease = 0.6
+	// paceLearn is the most lag above the target, in seconds, that the part
+	// learns from.
+	paceLearn = 0.2
 	// paceChange is the least change of the part that is worth telling.
 	paceChange = 0.01
 	// paceStep bounds what a single report may count for.
@@ -47,10 +51,11 @@ func (p *pacer) update(lag time.Duration, now time.Time) float64 {
 	p.last = now
 	over := (lag - paceTarget).Seconds()
 	if over > 0 {
-		// Beyond a second more lag tells nothing more about the speed.
-		p.integral += paceSlope * min(over, 1) * elapsed
+		// Beyond that more lag tells nothing more about the speed: the part is
+		// at its most as it is.
+		p.integral += paceSlope * min(over, paceLearn) * elapsed
 	} else {
-		p.integral -= paceRelease * elapsed
+		p.integral += paceRelease * over / paceTarget.Seconds() * elapsed
 	}
 	p.integral = min(max(p.integral, 0), paceMost)
 	return min(max(p.integral+paceNow*max(over, 0), 0), paceMost)
