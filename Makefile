@@ -22,6 +22,8 @@
 # make chaos SEED=1 MINUTES=20    let things go wrong at random on three hosts (root)
 # make test-deb              install, upgrade, remove and purge the packages in a
 #                            Debian of their own, and run lintian (root, network)
+# make test-docs             run every command of the documents on three bare hosts,
+#                            each with a systemd of its own (root, network)
 
 SHELL = /bin/sh
 .SHELLFLAGS = -euc
@@ -62,7 +64,7 @@ list_tests = $(GO) list -tags $(TAGS) -f '{{.ImportPath}} {{join .TestImports " 
 UNIT = $$($(list_tests) | grep -Ev ' $(REAL)( |$$)' | cut -d' ' -f1)
 LAB = $$($(list_tests) | grep -E ' $(REAL)( |$$)' | cut -d' ' -f1)
 
-.PHONY: all deps build test unit-test lab-test test-security demo soak-failover soak-crash soak-clone soak-plugin soak-storage chaos fuzz lint vuln clean build/guest docs deb test-deb test-web test-orchestration
+.PHONY: build/deb/newer all deps build test unit-test lab-test test-security demo soak-failover soak-crash soak-clone soak-plugin soak-storage chaos fuzz lint vuln clean build/guest docs deb test-deb test-docs test-web test-orchestration
 
 all: build
 
@@ -95,11 +97,21 @@ deb: build docs $(NFPM)
 	$(call package,$(VERSION),build/deb)
 
 # The newer packages differ from the others by their version alone.
-test-deb: deb
-	command -v mmdebstrap >/dev/null || apt-get -q install -y --no-install-recommends mmdebstrap
-	mkdir -p build/deb/newer
-	$(call package,$(VERSION)+1,build/deb/newer)
+build/deb/newer: deb
+	mkdir -p $@
+	$(call package,$(VERSION)+1,$@)
+
+test-deb: build/deb/newer
+	@contrib/deps.sh packages
 	contrib/debian/test.sh build/deb build/deb/newer
+
+# In this order, on the same hosts: the last of the guide removes the packages.
+DOCUMENTS = contrib/docs/start.md contrib/docs/metrics.md contrib/docs/operate.md contrib/README.md README.md \
+	contrib/docs/comparison.md contrib/docs/contribute.md contrib/docs/how-it-works.md contrib/docs/troubleshooting.md
+test-docs: build/deb/newer build/guest
+	@contrib/deps.sh packages
+	$(GO) build -o build/ftvirt-doctest ./plugin/doctest/cmd/ftvirt-doctest
+	@build/ftvirt-doctest $(DOCUMENTS)
 
 $(NFPM):
 	mkdir -p build/tools

@@ -3,7 +3,8 @@
 #
 # Installs what building, testing and the lab need, on Debian 12 or 13, and with
 # an argument what one target needs beside that: "lint" what looks at the C
-# sources, "web" a browser, "orchestration" Ansible. It does nothing, quickly and
+# sources, "web" a browser, "orchestration" Ansible, "packages" what makes a Debian
+# to install them in. It does nothing, quickly and
 # without root, when all of it is there.
 set -eu
 
@@ -21,6 +22,7 @@ docs='fish man-db mandoc zsh'
 case ${1:-} in
 lint) base="$base clang cppcheck" ;;
 web) base="$base chromium fonts-dejavu-core" ;;
+packages) base="$base debian-archive-keyring mmdebstrap openssh-client" ;;
 orchestration) base="$base ansible-core ansible-lint libxml2-utils" ;;
 esac
 oldest_qemu=1:9.1

@@ -63,6 +63,7 @@ var rules = []rule{
 	{packages: []string{"plugin/web"}, ours: []string{}},
 	{packages: []string{"plugin/doctor"}, ours: []string{"plugin/config"}},
 	{packages: []string{"plugin/channel"}, ours: []string{"plugin", "plugin/rrlog"}},
+	{packages: []string{"plugin/doctest"}, ours: []string{"plugin/lab/guest", "plugin/lab/scenario"}},
 	{packages: []string{"migrate"}, ours: []string{"hooks", "plugin", "plugin/channel"}},
 	// The hook must start without the agent's parts, and without cgo.
 	{packages: []string{"hooks/cmd/..."}, ours: []string{"arbiter", "arbiter/backend", "hooks", "plugin", "plugin/config"}},

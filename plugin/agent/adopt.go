@@ -5,7 +5,9 @@ package agent
 import (
 	"context"
 	"errors"
+	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"ftvirt.org/ftvirt/arbiter"
@@ -187,9 +189,29 @@ func (d *domain) newBackup(peer string, epoch plugin.Epoch) *backup {
 }
 
 // spoolDir holds the log of an epoch while it is not replayed. It is in the run
-// directory, which is in memory.
+// directory, which is in memory. Each epoch has its own: the one before may end
+// only after the next has begun.
 func (b *backup) spoolDir() string {
+	return b.spoolPrefix() + "-" + strconv.FormatUint(uint64(b.epoch), 10)
+}
+
+func (b *backup) spoolPrefix() string {
 	return filepath.Join(b.d.a.cfg.Agent.RunDir, "log-"+b.d.id.String())
+}
+
+// newSpool makes the epoch's, and removes what agents that died left of epochs
+// before.
+func (b *backup) newSpool() (*channel.Spool, error) {
+	old, err := filepath.Glob(b.spoolPrefix() + "*")
+	if err != nil {
+		return nil, err
+	}
+	for _, dir := range old {
+		if err := os.RemoveAll(dir); err != nil {
+			return nil, err
+		}
+	}
+	return channel.NewSpool(b.spoolDir(), b.d.a.log)
 }
 
 func (b *backup) storeConfig() channel.StoreConfig {

@@ -320,7 +320,7 @@ func (b *backup) attach(v *vm) bool {
 			return false
 		}
 		cfg := b.storeConfig()
-		if cfg.Spool, err = channel.NewSpool(b.spoolDir(), b.d.a.log); err != nil {
+		if cfg.Spool, err = b.newSpool(); err != nil {
 			b.d.a.log.Warn("a restart of the agent would cost the backup", "domain", b.d.label(), "error", err)
 			cfg.Spool = nil
 		}

@@ -12,39 +12,57 @@ import (
 	"github.com/urfave/cli/v2"
 )
 
-var shell = regexp.MustCompile("(?ms)^ *```sh\n(.*?)^ *```$")
+var (
+	shell  = regexp.MustCompile("(?ms)^ *```(?:sh|console)\n(.*?)^ *```$")
+	inline = regexp.MustCompile("`(ftvirt [^`]*)`")
+)
 
-// Each ftvirt command in a block of shell that a document has is there, with the
-// flags that are given.
+// Each ftvirt command that a document has, in a block or in a sentence, is there,
+// with the flags that are given.
 func TestDocumentedCommands(t *testing.T) {
 	t.Parallel()
 	documents, err := filepath.Glob("../../contrib/docs/*.md")
 	if err != nil || len(documents) < 5 {
 		t.Fatalf("documents: %v, %v", documents, err)
 	}
+	documents = append(documents, "../../README.md", "../../contrib/README.md", "../../ARCHITECTURE.md", "../e2e/VIRSH.md")
 	n := 0
-	for _, file := range append(documents, "../../README.md", "../../contrib/README.md") {
+	for _, file := range documents {
 		text, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)
 		}
+		var found []string
 		for _, block := range shell.FindAllStringSubmatch(string(text), -1) {
 			for line := range strings.Lines(block[1]) {
 				line, _, _ = strings.Cut(line, " #")
 				for command := range strings.SplitSeq(line, "&&") {
 					words := strings.Fields(command)
-					if len(words) == 0 || words[0] != "ftvirt" {
-						continue
+					if len(words) > 1 && strings.HasPrefix(words[0], "host") {
+						words = words[1:] // a prompt
 					}
-					n++
-					if problem := wrongCommand(words[1:]); problem != "" {
-						t.Errorf("%s: %s: %s", file, strings.TrimSpace(command), problem)
+					if len(words) > 0 && words[0] == "ftvirt" {
+						found = append(found, strings.Join(words, " "))
 					}
 				}
 			}
 		}
+		for _, m := range inline.FindAllStringSubmatch(string(text), -1) {
+			// What is only named needs no arguments.
+			words := strings.Fields(m[1])
+			if problem := wrongCommand(words[1:]); problem != "" && !strings.HasPrefix(problem, wants) {
+				t.Errorf("%s: %s: %s", file, m[1], problem)
+			}
+			n++
+		}
+		for _, command := range found {
+			n++
+			if problem := wrongCommand(strings.Fields(command)[1:]); problem != "" {
+				t.Errorf("%s: %s: %s", file, command, problem)
+			}
+		}
 	}
-	if n < 20 {
+	if n < 100 {
 		t.Errorf("only %d commands were found", n)
 	}
 	for _, wrong := range []string{"protect web", "arbiter look", "status --colour", "failover"} {
@@ -53,6 +71,9 @@ func TestDocumentedCommands(t *testing.T) {
 		}
 	}
 }
+
+// wants begins what is said of a command without its arguments.
+const wants = "it wants "
 
 func wrongCommand(words []string) string {
 	app := App()
@@ -70,6 +91,9 @@ func wrongCommand(words []string) string {
 		commands, flags, usage, words = found.Subcommands, found.Flags, found.ArgsUsage, words[1:]
 	}
 	if len(commands) > 0 {
+		if len(words) == 0 {
+			return wants + "one of its commands"
+		}
 		return "there is no such command"
 	}
 	for _, w := range words {
@@ -88,7 +112,7 @@ func wrongCommand(words []string) string {
 		}
 	}
 	if len(words) == 0 && usage != "" && !strings.HasPrefix(strings.TrimSpace(usage), "[") && strings.TrimSpace(usage) != "" {
-		return "it wants " + usage
+		return wants + usage
 	}
 	return ""
 }

@@ -353,7 +353,7 @@ const standIn = `const cockpit = {
 func TestBrowserCockpit(t *testing.T) {
 	p := three()
 	var toml atomic.Value
-	toml.Store("[metrics]\nlisten = \"127.0.0.1:7702\"\n\n[web]\n# Where.\nlisten = \":7703\"\n[peers.hostb]\n")
+	toml.Store("[metrics]\nlisten = \"127.0.0.1:7704\"\n\n[web]\n# Where.\nlisten = \":7703\"\n[peers.hostb]\n")
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /ftvirt/{file}", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Security-Policy", "default-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'self'; object-src 'none'; font-src 'self'; img-src 'self'; block-all-mixed-content")
