@@ -136,7 +136,7 @@ func faults(ctx context.Context, r *run) (figures string, err error) {
 	}
 	split, _ := o.witness.Verdict()
 	lost := 0
-	if o.traffic.Err() != nil {
+	if errors.Is(err, ErrTraffic) {
 		lost = 1
 	}
 	if err != nil {

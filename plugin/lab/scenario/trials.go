@@ -257,9 +257,19 @@ func (o *ordeal) stops() []trial {
 		})...)
 	}
 	for i := range list {
+		t := &list[i]
+		if !strings.HasPrefix(t.name, "QEMU") {
+			continue
+		}
 		// A guest that does not run does not answer; nobody is dead, so nobody
-		// takes its place.
-		list[i].silent = strings.HasPrefix(list[i].name, "QEMU") && list[i].part == Primary
+		// takes its place. A backup that does not run is replaced.
+		t.silent, t.keeps = t.part == Primary, t.part == Primary
+		begin, from := t.begin, 0
+		t.begin = func(ctx context.Context, h *lab.Host, c couple) (undoing, error) {
+			from = logSize(h)
+			return begin(ctx, h, c)
+		}
+		t.during = func(ctx context.Context, h *lab.Host, _ couple) (string, error) { return o.says(ctx, h, from, "QEMU does not run") }
 	}
 	return list
 }
