@@ -14,6 +14,8 @@
 # make test-web         look at the agent's page with a browser; PICTURE=FILE keeps a PNG
 # make test-orchestration    Ansible role and OCF agent, without hosts or a cluster
 # make test-security    attack a protected guest (root); part of make test
+# make test-faults [ONLY=REGEXP]    fill disks, starve and stop processes, damage files
+#                       of a protected guest's hosts, 15 minutes (root)
 # make soak-failover N=20    kill the primary again and again (root)
 # make soak-crash N=10       crash the primary's host again and again (root)
 # make soak-clone N=200      make and discard backups again and again (root)
@@ -64,7 +66,7 @@ list_tests = $(GO) list -tags $(TAGS) -f '{{.ImportPath}} {{join .TestImports " 
 UNIT = $$($(list_tests) | grep -Ev ' $(REAL)( |$$)' | cut -d' ' -f1)
 LAB = $$($(list_tests) | grep -E ' $(REAL)( |$$)' | cut -d' ' -f1)
 
-.PHONY: build/deb/newer all deps build test unit-test lab-test test-security demo soak-failover soak-crash soak-clone soak-plugin soak-storage chaos fuzz lint vuln clean build/guest docs deb test-deb test-docs test-web test-orchestration
+.PHONY: build/deb/newer all deps build test unit-test lab-test test-security test-faults demo soak-failover soak-crash soak-clone soak-plugin soak-storage chaos fuzz lint vuln clean build/guest docs deb test-deb test-docs test-web test-orchestration
 
 all: build
 
@@ -165,9 +167,9 @@ $(OCF):
 	mv $@.tmp $@
 
 # They say themselves what failed, and keep the logs in build/evidence.
-demo test-security soak-failover soak-crash soak-clone chaos: build build/guest
+demo test-security test-faults soak-failover soak-crash soak-clone chaos: build build/guest
 	$(GO) build -o build/ftvirt-scenario ./plugin/lab/cmd/ftvirt-scenario
-	@build/ftvirt-scenario $@ $(if $(filter soak-%,$@),$(if $(N),-n $(N))) $(if $(filter chaos,$@),-seed $(SEED) -length $(MINUTES)m)
+	@build/ftvirt-scenario $@ $(if $(filter soak-%,$@),$(if $(N),-n $(N))) $(if $(filter test-faults,$@),$(if $(ONLY),-only '$(ONLY)')) $(if $(filter chaos,$@),-seed $(SEED) -length $(MINUTES)m)
 
 # Every second clone goes live; after pauses and resets both sides are compared.
 soak-plugin: N ?= 100

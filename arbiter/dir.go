@@ -50,6 +50,8 @@ type DirConfig struct {
 	MaxStuck int
 	// Fault interferes with the storage. For tests only.
 	Fault FaultFunc
+	// Clock tells the times that are kept for people to read. Default time.Now.
+	Clock func() time.Time
 }
 
 // Dir is the arbiter on a directory that both hosts share, such as an NFS
@@ -71,6 +73,7 @@ type Dir struct {
 	path  string
 	guard *guard
 	fault FaultFunc
+	clock func() time.Time
 
 	mu sync.Mutex
 	id string // the directory's identity, empty until known
@@ -95,6 +98,10 @@ func NewDir(cfg DirConfig) (*Dir, error) {
 			timeout: cmp.Or(cfg.Timeout, 5*time.Second),
 		},
 		fault: cfg.Fault,
+		clock: cfg.Clock,
+	}
+	if d.clock == nil {
+		d.clock = time.Now
 	}
 	return d, nil
 }
@@ -534,7 +541,7 @@ func (d *Dir) publish(ctx context.Context, dir, name string, c contents) (conten
 	if c.Token == "" {
 		c.Token = newToken()
 	}
-	c.Time = time.Now()
+	c.Time = d.clock()
 	text, err := c.encode()
 	if err != nil {
 		return contents{}, err

@@ -19,16 +19,45 @@ const maxKeyFile = 4 << 10
 // MakeKey writes a new secret for the majority backend to a file that only its
 // owner can read. It does not overwrite one, since whoever has the old one
 // would be locked out.
-func MakeKey(path string) (err error) {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+func MakeKey(path string) error { return makeKey(path, nil) }
+
+// makeKey writes a file of another name first, so that no half of a secret is
+// ever there, whatever ends this process. fault comes before each step.
+func makeKey(path string, fault FaultFunc) error {
+	step := func(op Op, path string, f func() error) error {
+		if fault != nil {
+			if err := fault(Fault{Op: op, Path: path}); err != nil {
+				return err
+			}
+		}
+		return f()
+	}
+	temp := path + ".new"
+	var f *os.File
+	err := step(OpCreate, temp, func() (err error) {
+		// One that an interrupted attempt left is worth nothing.
+		if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		f, err = os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("making a witness key: %w", err)
 	}
 	secret := make([]byte, minKey)
 	_, _ = rand.Read(secret) // never fails
-	_, err = fmt.Fprintln(f, hex.EncodeToString(secret))
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return fmt.Errorf("making a witness key: %w", errors.Join(err, os.Remove(path)))
+	err = step(OpWrite, temp, func() error { _, err := fmt.Fprintln(f, hex.EncodeToString(secret)); return err })
+	if err == nil {
+		err = step(OpSync, temp, f.Sync)
+	}
+	err = errors.Join(err, f.Close())
+	if err == nil {
+		err = step(OpLink, path, func() error { return os.Link(temp, path) })
+	}
+	err = errors.Join(err, step(OpRemove, temp, func() error { return os.Remove(temp) }))
+	if err != nil {
+		return fmt.Errorf("making a witness key: %w", err)
 	}
 	return nil
 }

@@ -18,7 +18,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync/atomic"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -70,11 +70,28 @@ type Witness struct {
 	// to whoever has the turn.
 	dirty map[plugin.UUID]bool
 	// complained is when the log was last told of a stranger, who could fill it.
-	complained atomic.Int64
+	complained complaints
 }
 
 // complainEach is the least time between two lines about strangers.
 const complainEach = time.Minute
+
+// complaints limits lines about strangers. Its times keep what the system's clock
+// that only goes forward says: one that is put back must not silence them.
+type complaints struct {
+	mu   sync.Mutex
+	last time.Time
+}
+
+func (c *complaints) due(now time.Time) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.last.IsZero() && now.Sub(c.last) <= complainEach {
+		return false
+	}
+	c.last = now
+	return true
+}
 
 // InitWitness makes an existing, empty directory a witness's and returns its
 // identity, which the hosts' configuration names. Repeating it changes nothing
@@ -187,7 +204,7 @@ func (w *Witness) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}
 	nonce := r.Header.Get(headerNonce)
 	if !equalMAC(r.Header.Get(headerMAC), w.key.request(w.id, nonce, r.URL.Path, body)) {
-		if last := w.complained.Load(); time.Since(time.Unix(0, last)) > complainEach && w.complained.CompareAndSwap(last, time.Now().UnixNano()) {
+		if w.complained.due(time.Now()) {
 			w.log.Warn("request with a wrong key, or for another witness", "from", r.RemoteAddr)
 		}
 		http.Error(rw, "not authenticated", http.StatusUnauthorized)

@@ -285,6 +285,7 @@ func (a *Agent) servePlugin(ctx context.Context, s *control.Session) {
 	d := a.domain(h.Domain)
 	v := newVM(s)
 	d.attach(ctx, v)
+	a.wg.Go(func() { d.watchSilence(ctx, v) })
 	err := v.run(ctx)
 	d.detach(ctx, v, err)
 }

@@ -40,6 +40,9 @@ var ErrSpool = errors.New("spool of the event log")
 type Spool struct {
 	dir string
 	log *slog.Logger
+	// fault, unless nil, comes before each step on the filesystem, and may fail
+	// it. For tests only.
+	fault func(step spoolStep, path string, data []byte) error
 
 	mu       sync.Mutex
 	segments []plugin.Position // where each begins
@@ -48,17 +51,42 @@ type Spool struct {
 	broken   bool
 }
 
+// spoolStep is what a spool does to the filesystem.
+type spoolStep string
+
+const (
+	spoolRemoveAll spoolStep = "remove-all"
+	spoolMkdir     spoolStep = "mkdir"
+	spoolCreate    spoolStep = "create"
+	spoolWrite     spoolStep = "write"
+	spoolRemove    spoolStep = "remove"
+)
+
+// step takes one, unless a test objects.
+func (s *Spool) step(step spoolStep, path string, data []byte, f func() error) error {
+	if s.fault != nil {
+		if err := s.fault(step, path, data); err != nil {
+			return err
+		}
+	}
+	return f()
+}
+
 // NewSpool makes an empty spool in a directory of its own. What an earlier one
 // left there is removed.
 func NewSpool(dir string, log *slog.Logger) (*Spool, error) {
-	if err := os.RemoveAll(dir); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrSpool, err)
-	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrSpool, err)
-	}
 	s := &Spool{dir: dir, log: log}
-	return s, s.begin(0)
+	return s, s.make()
+}
+
+func (s *Spool) make() error {
+	if err := s.step(spoolRemoveAll, s.dir, nil, func() error { return os.RemoveAll(s.dir) }); err != nil {
+		return fmt.Errorf("%w: %w", ErrSpool, err)
+	}
+	if err := s.step(spoolMkdir, s.dir, nil, func() error { return os.MkdirAll(s.dir, 0o700) }); err != nil {
+		return fmt.Errorf("%w: %w", ErrSpool, err)
+	}
+	return s.begin(0)
 }
 
 func (s *Spool) path(from plugin.Position) string {
@@ -67,7 +95,11 @@ func (s *Spool) path(from plugin.Position) string {
 
 // begin starts a segment.
 func (s *Spool) begin(from plugin.Position) error {
-	f, err := os.OpenFile(s.path(from), os.O_CREATE|os.O_EXCL|os.O_WRONLY|os.O_APPEND, 0o600)
+	var f *os.File
+	err := s.step(spoolCreate, s.path(from), nil, func() (err error) {
+		f, err = os.OpenFile(s.path(from), os.O_CREATE|os.O_EXCL|os.O_WRONLY|os.O_APPEND, 0o600)
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrSpool, err)
 	}
@@ -89,8 +121,11 @@ func (s *Spool) write(data []byte) {
 	if s.broken {
 		return
 	}
-	n, err := s.file.Write(data)
-	s.size += n
+	err := s.step(spoolWrite, s.file.Name(), data, func() error {
+		n, err := s.file.Write(data)
+		s.size += n
+		return err
+	})
 	if err != nil {
 		s.fail(err)
 	}
@@ -119,7 +154,8 @@ func (s *Spool) release(pos plugin.Position) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for !s.broken && len(s.segments) > 1 && s.segments[1] <= pos {
-		if err := os.Remove(s.path(s.segments[0])); err != nil {
+		first := s.path(s.segments[0])
+		if err := s.step(spoolRemove, first, nil, func() error { return os.Remove(first) }); err != nil {
 			s.fail(err)
 			return
 		}
@@ -131,7 +167,7 @@ func (s *Spool) fail(err error) {
 	s.broken = true
 	s.log.Warn("the log is kept in the agent's memory only: a restart of the agent costs the backup", "error", err)
 	_ = s.file.Close()
-	_ = os.RemoveAll(s.dir)
+	_ = s.step(spoolRemoveAll, s.dir, nil, func() error { return os.RemoveAll(s.dir) })
 }
 
 // Remove deletes all of it.

@@ -60,6 +60,20 @@ func TestMonitor(t *testing.T) {
 			every(50*ms, 0, 150*ms, Alive),
 			{{200 * ms, "tick", Suspected}, {230 * ms, "progress", Alive}, {250 * ms, "tick", Alive}},
 		}},
+		{"a clock that is put forward by an hour accuses nobody", [][]action{
+			{{0, "beat", Alive}},
+			every(50*ms, 0, 100*ms, Alive),
+			{{time.Hour + 150*ms, "tick", Alive}, {time.Hour + 160*ms, "beat", Alive}},
+			every(50*ms, time.Hour+150*ms, time.Hour+300*ms, Alive),
+		}},
+		{"one that is put back by an hour acquits nobody", [][]action{
+			{{time.Hour, "tick", Unknown}, {time.Hour, "beat", Alive}},
+			every(50*ms, time.Hour, time.Hour+100*ms, Alive),
+			{{150 * ms, "tick", Alive}},
+			every(50*ms, 150*ms, 200*ms, Alive),
+			every(50*ms, 200*ms, 500*ms, Suspected),
+			every(50*ms, 500*ms, 2*time.Second, Dead),
+		}},
 		{"an agent that was stopped for 10 s accuses nobody", [][]action{
 			{{0, "beat", Alive}},
 			every(50*ms, 0, 100*ms, Alive),

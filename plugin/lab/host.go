@@ -31,6 +31,7 @@ type Host struct {
 	*Node
 
 	index int // 1 for hosta
+	own   []ownMount
 }
 
 // ServiceAddr is the host's address on the service network.
@@ -47,6 +48,11 @@ func (h *Host) dir() string { return filepath.Join(h.lab.dir, h.Name) }
 // files.
 func (h *Host) Path(path string) string {
 	path = filepath.Clean(path)
+	for _, m := range h.own {
+		if inside, ok := m.inside(path); ok {
+			return inside
+		}
+	}
 	for _, mount := range [][2]string{
 		{ArbiterDir, filepath.Join(h.lab.dir, "arbiter")},
 		{BinDir, h.lab.state.Bin},

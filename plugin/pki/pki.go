@@ -7,7 +7,6 @@
 package pki
 
 import (
-	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -21,6 +20,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 )
 
@@ -53,6 +53,8 @@ var ErrFile = errors.New("not usable as a certificate authority")
 type CA struct {
 	cert *x509.Certificate
 	key  *ecdsa.PrivateKey
+
+	fault fault
 }
 
 // NewCA makes an authority of a name that only people read.
@@ -128,10 +130,7 @@ func (ca *CA) Save(dir string) error {
 	if err != nil {
 		return err
 	}
-	if err := write(dir, CAKey, key, 0o600); err != nil {
-		return err
-	}
-	return write(dir, CACert, ca.PEM(), 0o644)
+	return writeAll(dir, []file{{CAKey, key, 0o600}, {CACert, ca.PEM(), 0o644}}, ca.fault)
 }
 
 // PEM is the authority's certificate.
@@ -152,6 +151,7 @@ type Host struct {
 	ServerCert, ServerKey, ClientCert, ClientKey []byte // PEM
 
 	server, client *big.Int
+	fault          fault
 }
 
 // Issue makes the certificates of a host.
@@ -200,19 +200,10 @@ func (ca *CA) issue(r Request, usage x509.ExtKeyUsage) (cert, key []byte, number
 
 // Save writes the four files of a host into dir. It overwrites nothing.
 func (h *Host) Save(dir string) error {
-	for _, f := range []struct {
-		name string
-		text []byte
-		mode fs.FileMode
-	}{
+	return writeAll(dir, []file{
 		{ServerKey, h.ServerKey, 0o600}, {ClientKey, h.ClientKey, 0o600},
 		{ServerCert, h.ServerCert, 0o644}, {ClientCert, h.ClientCert, 0o644},
-	} {
-		if err := write(dir, f.name, f.text, f.mode); err != nil {
-			return err
-		}
-	}
-	return nil
+	}, h.fault)
 }
 
 // Revoke makes the list that takes the certificates of hosts back, good for a
@@ -245,11 +236,93 @@ func keyPEM(key *ecdsa.PrivateKey) ([]byte, error) {
 	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
 }
 
-func write(dir, name string, text []byte, mode fs.FileMode) error {
-	f, err := os.OpenFile(filepath.Join(dir, name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
+// step is what is done to the filesystem, in this order for each file.
+type step string
+
+const (
+	stepCreate step = "create" // of a temporary file
+	stepWrite  step = "write"
+	stepSync   step = "sync"
+	stepLink   step = "link" // to the final name
+	stepRemove step = "remove"
+)
+
+// fault, unless nil, comes before each step, and may fail it. For tests only.
+type fault func(s step, path string, text []byte) error
+
+func (f fault) do(s step, path string, text []byte, act func() error) error {
+	if f != nil {
+		if err := f(s, path, text); err != nil {
+			return err
+		}
+	}
+	return act()
+}
+
+// file is one to write.
+type file struct {
+	name string
+	text []byte
+	mode fs.FileMode
+}
+
+// writeAll writes files, each of which is there as a whole or not at all whatever
+// ends this process. It overwrites nothing.
+func writeAll(dir string, files []file, f fault) error {
+	for _, one := range files {
+		err := write(dir, one, f)
+		if errors.Is(err, fs.ErrExist) {
+			return halfway(dir, files, err)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// halfway tells what to do where an earlier attempt was interrupted.
+func halfway(dir string, files []file, err error) error {
+	var have, missing []string
+	for _, one := range files {
+		if _, err := os.Lstat(filepath.Join(dir, one.name)); err == nil {
+			have = append(have, one.name)
+		} else {
+			missing = append(missing, one.name)
+		}
+	}
+	if len(missing) == 0 {
+		return err
+	}
+	return fmt.Errorf("%w; without %s it is of no use, as when it was interrupted: remove %s from %s and try again",
+		err, strings.Join(missing, ", "), strings.Join(have, ", "), dir)
+}
+
+func write(dir string, one file, f fault) error {
+	final := filepath.Join(dir, one.name)
+	temp := final + ".new"
+	var out *os.File
+	if err := f.do(stepCreate, temp, nil, func() (err error) {
+		// One that an interrupted attempt left is worth nothing.
+		if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		out, err = os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, one.mode)
+		return err
+	}); err != nil {
+		return err
+	}
+	err := f.do(stepWrite, temp, one.text, func() error { _, err := out.Write(one.text); return err })
+	if err == nil {
+		err = f.do(stepSync, temp, nil, out.Sync)
+	}
+	err = errors.Join(err, out.Close())
+	if err == nil {
+		err = f.do(stepLink, final, nil, func() error { return os.Link(temp, final) })
+	}
+	removed := f.do(stepRemove, temp, nil, func() error { return os.Remove(temp) })
 	if err != nil {
 		return err
 	}
-	_, err = bytes.NewReader(text).WriteTo(f)
-	return errors.Join(err, f.Close())
+	return removed
 }

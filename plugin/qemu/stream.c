@@ -180,10 +180,12 @@ static int record_seek(void *cookie, off64_t *offset, int whence)
         ft.ended = true;
         ft.flush = true;
         ft_wake_io();
-        clock_gettime(CLOCK_REALTIME, &until);
+        /* Not by the wall's clock, which may be set while this waits. */
+        clock_gettime(CLOCK_MONOTONIC, &until);
         until.tv_sec += 1;
         while (ft.connected && ft.sent != ft.ring.head &&
-               pthread_cond_timedwait(&ft.space, &ft.lock, &until) == 0) {
+               pthread_cond_clockwait(&ft.space, &ft.lock, CLOCK_MONOTONIC,
+                                      &until) == 0) {
         }
     }
     pthread_mutex_unlock(&ft.lock);

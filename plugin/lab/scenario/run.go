@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"time"
@@ -36,6 +37,8 @@ type Options struct {
 	Logs     bool
 	// Rounds is the number of rounds of a soak run.
 	Rounds int
+	// Only, if not nil, selects the cases of the faults by their names.
+	Only *regexp.Regexp
 	// Seed and Length are what chaos is made of and how long it lasts.
 	Seed   uint64
 	Length time.Duration

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command ftvirt-scenario runs 'make demo', 'make test-security', 'make chaos' and
-// the soak runs, each in a lab of its own.
+// Command ftvirt-scenario runs 'make demo', 'make test-security', 'make test-faults',
+// 'make chaos' and the soak runs, each in a lab of its own.
 package main
 
 import (
@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"regexp"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -35,6 +36,13 @@ func main() {
 	}
 }
 
+func selection(pattern string) (*regexp.Regexp, error) {
+	if pattern == "" {
+		return nil, nil
+	}
+	return regexp.Compile(pattern)
+}
+
 func app() *cli.App {
 	flags := []cli.Flag{
 		&cli.StringFlag{Name: "name", Usage: "the `LAB` to make", Value: lab.DefaultName},
@@ -46,9 +54,13 @@ func app() *cli.App {
 	}
 	command := func(name, usage string, run func(context.Context, scenario.Options) error, own ...cli.Flag) *cli.Command {
 		return &cli.Command{Name: name, Usage: usage, Flags: append(own, flags...), Action: func(c *cli.Context) error {
-			err := run(c.Context, scenario.Options{
+			only, err := selection(c.String("only"))
+			if err != nil {
+				return err
+			}
+			err = run(c.Context, scenario.Options{
 				Name: c.String("name"), Bin: c.String("bin"), GuestDir: c.String("guest"), Evidence: c.String("evidence"),
-				Logs: c.Bool("logs"), Keep: c.Bool("keep"), Rounds: c.Int("n"), Seed: c.Uint64("seed"), Length: c.Duration("length"), Out: c.App.Writer,
+				Logs: c.Bool("logs"), Keep: c.Bool("keep"), Rounds: c.Int("n"), Only: only, Seed: c.Uint64("seed"), Length: c.Duration("length"), Out: c.App.Writer,
 			})
 			if err != nil {
 				return fmt.Errorf("%w: %w", errReported, err)
@@ -62,6 +74,8 @@ func app() *cli.App {
 		Commands: []*cli.Command{
 			command("demo", "protect a guest and kill its primary", scenario.Demo),
 			command("test-security", "attack a protected guest", scenario.Security),
+			command("test-faults", "take resources away from a protected guest's hosts, and damage their files", scenario.Faults,
+				&cli.StringFlag{Name: "only", Usage: "the cases whose names match `REGEXP`"}),
 			command("soak-failover", "kill the primary again and again", scenario.SoakFailover, rounds(20)),
 			command("soak-crash", "crash the primary's host again and again", scenario.SoakCrash, rounds(10)),
 			command("soak-clone", "make and discard backups again and again", scenario.SoakClone, rounds(200)),
