@@ -13,6 +13,8 @@
 #
 # make test-web         look at the agent's page with a browser; PICTURE=FILE keeps a PNG
 # make test-orchestration    Ansible role and OCF agent, without hosts or a cluster
+# make test-real        a Debian with PostgreSQL, nginx and ssh, failed over ten times
+#                       (root, network)
 # make test-security    attack a protected guest (root); part of make test
 # make soak-failover N=20    kill the primary again and again (root)
 # make soak-crash N=10       crash the primary's host again and again (root)
@@ -62,7 +64,7 @@ list_tests = $(GO) list -tags $(TAGS) -f '{{.ImportPath}} {{join .TestImports " 
 UNIT = $$($(list_tests) | grep -Ev ' $(REAL)( |$$)' | cut -d' ' -f1)
 LAB = $$($(list_tests) | grep -E ' $(REAL)( |$$)' | cut -d' ' -f1)
 
-.PHONY: all deps build test unit-test lab-test test-security demo soak-failover soak-crash soak-clone soak-plugin soak-storage chaos fuzz lint vuln clean build/guest docs deb test-deb test-web test-orchestration
+.PHONY: all deps build test unit-test lab-test test-security demo soak-failover soak-crash soak-clone soak-plugin soak-storage chaos fuzz lint vuln clean build/guest build/debian docs deb test-deb test-real test-web test-orchestration
 
 all: build
 
@@ -121,6 +123,11 @@ $(PROMTOOL): deps
 build/guest: deps
 	$(GO) run ./plugin/lab/guest/cmd/ftguest-build $@
 
+# A Debian server as guest, made once in the same way.
+build/debian: deps
+	@contrib/deps.sh real
+	$(GO) run ./plugin/lab/guest/cmd/ftguest-build -debian $@
+
 test: unit-test lab-test test-security
 	$(MAKE) chaos
 
@@ -153,9 +160,10 @@ $(OCF):
 	mv $@.tmp $@
 
 # They say themselves what failed, and keep the logs in build/evidence.
-demo test-security soak-failover soak-crash soak-clone chaos: build build/guest
+test-real: build/debian
+demo test-real test-security soak-failover soak-crash soak-clone chaos: build build/guest
 	$(GO) build -o build/ftvirt-scenario ./plugin/lab/cmd/ftvirt-scenario
-	@build/ftvirt-scenario $@ $(if $(filter soak-%,$@),$(if $(N),-n $(N))) $(if $(filter chaos,$@),-seed $(SEED) -length $(MINUTES)m)
+	@build/ftvirt-scenario $@ $(if $(filter soak-% test-real,$@),$(if $(N),-n $(N))) $(if $(filter chaos,$@),-seed $(SEED) -length $(MINUTES)m)
 
 # Every second clone goes live; after pauses and resets both sides are compared.
 soak-plugin: N ?= 100

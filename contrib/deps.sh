@@ -3,7 +3,8 @@
 #
 # Installs what building, testing and the lab need, on Debian 12 or 13, and with
 # an argument what one target needs beside that: "lint" what looks at the C
-# sources, "web" a browser, "orchestration" Ansible. It does nothing, quickly and
+# sources, "web" a browser, "orchestration" Ansible, "real" what makes a Debian
+# guest and talks to it. It does nothing, quickly and
 # without root, when all of it is there.
 set -eu
 
@@ -22,6 +23,7 @@ case ${1:-} in
 lint) base="$base clang cppcheck" ;;
 web) base="$base chromium fonts-dejavu-core" ;;
 orchestration) base="$base ansible-core ansible-lint libxml2-utils" ;;
+real) base="$base libpq5 mmdebstrap openssh-client" ;;
 esac
 oldest_qemu=1:9.1
 
