@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command ftvirt-scenario runs 'make demo', 'make test-security', 'make chaos' and
-// the soak runs, each in a lab of its own.
+// Command ftvirt-scenario runs 'make demo', 'make test-real', 'make test-security',
+// 'make chaos' and the soak runs, each in a lab of its own.
 package main
 
 import (
@@ -47,7 +47,7 @@ func app() *cli.App {
 	command := func(name, usage string, run func(context.Context, scenario.Options) error, own ...cli.Flag) *cli.Command {
 		return &cli.Command{Name: name, Usage: usage, Flags: append(own, flags...), Action: func(c *cli.Context) error {
 			err := run(c.Context, scenario.Options{
-				Name: c.String("name"), Bin: c.String("bin"), GuestDir: c.String("guest"), Evidence: c.String("evidence"),
+				Name: c.String("name"), Bin: c.String("bin"), GuestDir: c.String("guest"), DebianDir: c.String("debian"), Evidence: c.String("evidence"),
 				Logs: c.Bool("logs"), Keep: c.Bool("keep"), Rounds: c.Int("n"), Seed: c.Uint64("seed"), Length: c.Duration("length"), Out: c.App.Writer,
 			})
 			if err != nil {
@@ -62,6 +62,8 @@ func app() *cli.App {
 		Commands: []*cli.Command{
 			command("demo", "protect a guest and kill its primary", scenario.Demo),
 			command("test-security", "attack a protected guest", scenario.Security),
+			command("test-real", "fail a Debian server over again and again", scenario.Real, rounds(10),
+				&cli.StringFlag{Name: "debian", Usage: "`DIRECTORY` of the built Debian guest", Value: "build/debian"}),
 			command("soak-failover", "kill the primary again and again", scenario.SoakFailover, rounds(20)),
 			command("soak-crash", "crash the primary's host again and again", scenario.SoakCrash, rounds(10)),
 			command("soak-clone", "make and discard backups again and again", scenario.SoakClone, rounds(200)),
