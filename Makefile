@@ -13,6 +13,8 @@
 #
 # make test-web         look at the agent's page with a browser; PICTURE=FILE keeps a PNG
 # make test-orchestration    Ansible role and OCF agent, without hosts or a cluster
+# make test-real        a Debian with PostgreSQL, nginx and ssh, failed over ten times
+#                       (root, network)
 # make test-security    attack a protected guest (root); part of make test
 # make test-faults [ONLY=REGEXP]    fill disks, starve and stop processes, damage files
 #                       of a protected guest's hosts, 15 minutes (root)
@@ -66,7 +68,7 @@ list_tests = $(GO) list -tags $(TAGS) -f '{{.ImportPath}} {{join .TestImports " 
 UNIT = $$($(list_tests) | grep -Ev ' $(REAL)( |$$)' | cut -d' ' -f1)
 LAB = $$($(list_tests) | grep -E ' $(REAL)( |$$)' | cut -d' ' -f1)
 
-.PHONY: build/deb/newer all deps build test unit-test lab-test test-security test-faults demo soak-failover soak-crash soak-clone soak-plugin soak-storage chaos fuzz lint vuln clean build/guest docs deb test-deb test-docs test-web test-orchestration
+.PHONY: build/deb/newer all deps build test unit-test lab-test test-security test-faults demo soak-failover soak-crash soak-clone soak-plugin soak-storage chaos fuzz lint vuln clean build/guest build/debian docs deb test-deb test-docs test-real test-web test-orchestration
 
 all: build
 
@@ -135,6 +137,11 @@ $(PROMTOOL): deps
 build/guest: deps
 	$(GO) run ./plugin/lab/guest/cmd/ftguest-build $@
 
+# A Debian server as guest, made once in the same way.
+build/debian: deps
+	@contrib/deps.sh real
+	$(GO) run ./plugin/lab/guest/cmd/ftguest-build -debian $@
+
 test: unit-test lab-test test-security
 	$(MAKE) chaos
 
@@ -167,9 +174,10 @@ $(OCF):
 	mv $@.tmp $@
 
 # They say themselves what failed, and keep the logs in build/evidence.
-demo test-security test-faults soak-failover soak-crash soak-clone chaos: build build/guest
+test-real: build/debian
+demo test-real test-security test-faults soak-failover soak-crash soak-clone chaos: build build/guest
 	$(GO) build -o build/ftvirt-scenario ./plugin/lab/cmd/ftvirt-scenario
-	@build/ftvirt-scenario $@ $(if $(filter soak-%,$@),$(if $(N),-n $(N))) $(if $(filter test-faults,$@),$(if $(ONLY),-only '$(ONLY)')) $(if $(filter chaos,$@),-seed $(SEED) -length $(MINUTES)m)
+	@build/ftvirt-scenario $@ $(if $(filter soak-% test-real,$@),$(if $(N),-n $(N))) $(if $(filter test-faults,$@),$(if $(ONLY),-only '$(ONLY)')) $(if $(filter chaos,$@),-seed $(SEED) -length $(MINUTES)m)
 
 # Every second clone goes live; after pauses and resets both sides are compared.
 soak-plugin: N ?= 100

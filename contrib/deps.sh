@@ -4,8 +4,8 @@
 # Installs what building, testing and the lab need, on Debian 12 or 13, and with
 # an argument what one target needs beside that: "lint" what looks at the C
 # sources, "web" a browser, "orchestration" Ansible, "packages" what makes a Debian
-# to install them in. It does nothing, quickly and
-# without root, when all of it is there.
+# to install them in, "real" what makes a Debian guest and talks to it. It does
+# nothing, quickly and without root, when all of it is there.
 set -eu
 
 # What ftvirt drives. Debian 12 has these in bookworm-backports in a version
@@ -24,6 +24,7 @@ lint) base="$base clang cppcheck" ;;
 web) base="$base chromium fonts-dejavu-core" ;;
 packages) base="$base debian-archive-keyring mmdebstrap openssh-client" ;;
 orchestration) base="$base ansible-core ansible-lint libxml2-utils" ;;
+real) base="$base libpq5 mmdebstrap openssh-client" ;;
 esac
 oldest_qemu=1:9.1
 

@@ -57,38 +57,49 @@ func Build(ctx context.Context, dir string) (Artifacts, error) {
 	if err != nil {
 		return Artifacts{}, err
 	}
-	key := cacheKey(busybox)
-	final := filepath.Join(dir, key)
-	artifacts := Artifacts{
-		Kernel:       filepath.Join(final, "vmlinuz"),
-		Initrd:       filepath.Join(final, "initrd.gz"),
-		DiskTemplate: filepath.Join(final, "disk.raw"),
+	final, err := cached(ctx, dir, cacheKey([]byte(buildVersion), programSource, initScript, busybox), func(work string) error {
+		return build(ctx, work, busybox)
+	})
+	if err != nil {
+		return Artifacts{}, fmt.Errorf("build guest: %w", err)
 	}
+	return artifactsIn(final), nil
+}
+
+// artifactsIn names the files of a built guest.
+func artifactsIn(dir string) Artifacts {
+	return Artifacts{
+		Kernel:       filepath.Join(dir, "vmlinuz"),
+		Initrd:       filepath.Join(dir, "initrd.gz"),
+		DiskTemplate: filepath.Join(dir, "disk.raw"),
+	}
+}
+
+// cached returns the directory in dir that has what build once left in "out" of
+// the directory that it was given, for this key.
+func cached(ctx context.Context, dir, key string, build func(work string) error) (string, error) {
+	final := filepath.Join(dir, key)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return Artifacts{}, err
+		return "", err
 	}
 	unlock, err := lockFile(ctx, filepath.Join(dir, ".lock"))
 	if err != nil {
-		return Artifacts{}, err
+		return "", err
 	}
 	defer unlock()
 	if _, err := os.Stat(final); err == nil {
-		return artifacts, nil
+		return final, nil
 	}
-
 	work, err := os.MkdirTemp(dir, ".work-")
 	if err != nil {
-		return Artifacts{}, err
+		return "", err
 	}
 	defer func() { _ = os.RemoveAll(work) }()
-	if err := build(ctx, work, busybox); err != nil {
-		return Artifacts{}, fmt.Errorf("build guest: %w", err)
+	if err := build(work); err != nil {
+		return "", err
 	}
 	// The rename makes a guest appear whole or not at all.
-	if err := os.Rename(filepath.Join(work, "out"), final); err != nil {
-		return Artifacts{}, fmt.Errorf("build guest: %w", err)
-	}
-	return artifacts, nil
+	return final, os.Rename(filepath.Join(work, "out"), final)
 }
 
 func build(ctx context.Context, work string, busybox []byte) error {
@@ -134,9 +145,9 @@ func (a Artifacts) NewDisk(ctx context.Context, path, format string) error {
 	return err
 }
 
-func cacheKey(busybox []byte) string {
+func cacheKey(parts ...[]byte) string {
 	h := sha256.New()
-	for _, part := range [][]byte{[]byte(buildVersion), programSource, initScript, busybox} {
+	for _, part := range parts {
 		_, _ = fmt.Fprintf(h, "%d\n", len(part)) // a hash never fails
 		h.Write(part)
 	}

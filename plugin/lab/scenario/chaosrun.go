@@ -93,7 +93,7 @@ func chaos(ctx context.Context, r *run) (figures string, err error) {
 	defer watch.Wait()
 	defer stop()
 	watch.Go(func() { s.watchLines(watching) })
-	if _, err := s.waitWhole(ctx, time.Now()); err != nil {
+	if _, err := s.waitWhole(ctx, time.Now(), redundantLimit); err != nil {
 		return "", err
 	}
 	r.say("the guest is protected")
@@ -181,7 +181,7 @@ func (s *storm) step(ctx context.Context, number int, step Step) error {
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
-	whole, err := s.waitWhole(ctx, healed)
+	whole, err := s.waitWhole(ctx, healed, redundantLimit)
 	if err != nil {
 		return err
 	}
@@ -360,11 +360,11 @@ func describe(answers map[string]client.Status) string {
 
 // waitWhole waits until a pair is whole and stays so, and tells how long after
 // the instant that was.
-func (s *storm) waitWhole(ctx context.Context, since time.Time) (time.Duration, error) {
+func (s *storm) waitWhole(ctx context.Context, since time.Time, limit time.Duration) (time.Duration, error) {
 	var epoch plugin.Epoch
 	var from time.Time
 	var answers map[string]client.Status
-	err := poll(ctx, redundantLimit+wholeFor, func(ctx context.Context) (bool, error) {
+	err := poll(ctx, limit+wholeFor, func(ctx context.Context) (bool, error) {
 		now := time.Now()
 		if latest := s.ask(ctx); ctx.Err() == nil {
 			answers = latest

@@ -108,7 +108,7 @@ func faults(ctx context.Context, r *run) (figures string, err error) {
 	defer watch.Wait()
 	defer stop()
 	watch.Go(func() { o.watchLines(watching) })
-	if _, err := o.waitWhole(ctx, time.Now()); err != nil {
+	if _, err := o.waitWhole(ctx, time.Now(), redundantLimit); err != nil {
 		return "", err
 	}
 	r.say("the guest is protected")
@@ -192,7 +192,7 @@ func (o *ordeal) endure(ctx context.Context, t trial) (string, error) {
 		return "", err
 	}
 	healed := time.Now()
-	whole, err := o.waitWhole(ctx, healed)
+	whole, err := o.waitWhole(ctx, healed, redundantLimit)
 	if err != nil {
 		return "", err
 	}

@@ -28,6 +28,8 @@ type Options struct {
 	Name string
 	// Bin has ftvirt, ftvirt-hook and ftvirt.so, GuestDir the built guest.
 	Bin, GuestDir string
+	// DebianDir has the built Debian guest, of Real alone.
+	DebianDir string
 	// HostCount is the number of hosts; 0 means two.
 	HostCount int
 	// Keep leaves the lab up at the end.
@@ -51,6 +53,7 @@ type run struct {
 	Options
 	*Bed
 	configure func(*config.Config)
+	guest     *guest.Artifacts // nil is the lab's own
 	start     time.Time
 	mu        sync.Mutex
 }
@@ -79,13 +82,16 @@ func (r *run) run(ctx context.Context, name string, scenario func(context.Contex
 }
 
 func (r *run) inLab(ctx context.Context, name string, scenario func(context.Context, *run) (string, error)) (figures string, err error) {
-	artifacts, err := guest.Build(ctx, r.GuestDir)
-	if err != nil {
-		return "", err
+	if r.guest == nil {
+		artifacts, err := guest.Build(ctx, r.GuestDir)
+		if err != nil {
+			return "", err
+		}
+		r.guest = &artifacts
 	}
 	r.say("starting lab %s: %d hosts with their own libvirtd and ftvirt agent, and a client", r.Name, max(r.HostCount, 2))
 	r.Bed, err = Up(ctx, lab.Options{
-		Name: r.Name, Hosts: r.HostCount, Bin: r.Bin, Guest: artifacts, Ephemeral: !r.Keep,
+		Name: r.Name, Hosts: r.HostCount, Bin: r.Bin, Guest: *r.guest, Ephemeral: !r.Keep,
 		Configure: func(c *config.Config) {
 			c.Replay.LogDir = logDir
 			r.configure(c)

@@ -32,7 +32,7 @@ const (
 
 const pollInterval = 10 * time.Millisecond
 
-// States and modes of agents that the steps wait for.
+// States, modes and reasons of agents that the steps wait for.
 const (
 	stateUnprotected = "unprotected"
 	stateCloning     = "cloning"
@@ -40,6 +40,7 @@ const (
 	stateGoingLive   = "going-live"
 	stateLive        = "live"
 	modeNone         = "none"
+	reasonDivergence = "divergence"
 )
 
 // ErrState is wrapped when a domain ended in another state than it should.

@@ -322,7 +322,7 @@ func (s *session) classify(ctx context.Context, primary client.Status, err error
 			return errors.Join(err, lookup)
 		}
 		for _, e := range events {
-			if e.Reason == "divergence" {
+			if e.Reason == reasonDivergence {
 				return fmt.Errorf("%w: %w", errDiverged, err)
 			}
 		}

@@ -269,7 +269,9 @@ func (o *ordeal) stops() []trial {
 			from = logSize(h)
 			return begin(ctx, h, c)
 		}
-		t.during = func(ctx context.Context, h *lab.Host, _ couple) (string, error) { return o.says(ctx, h, from, "QEMU does not run") }
+		t.during = func(ctx context.Context, h *lab.Host, _ couple) (string, error) {
+			return o.says(ctx, h, from, "QEMU does not run")
+		}
 	}
 	return list
 }

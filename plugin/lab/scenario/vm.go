@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -63,6 +64,12 @@ func (b *Bed) DefineVM(ctx context.Context, h *lab.Host, n int, name string, edi
 	if err != nil {
 		return nil, err
 	}
+	return b.DefineDomain(ctx, h, d, d.Address.Addr(), edit)
+}
+
+// DefineDomain defines what is described, which has the address; edit may be
+// nil.
+func (b *Bed) DefineDomain(ctx context.Context, h *lab.Host, d guest.Domain, addr netip.Addr, edit func(string) string) (*VM, error) {
 	text, err := guest.DomainXML(d)
 	if err != nil {
 		return nil, err
@@ -73,11 +80,11 @@ func (b *Bed) DefineVM(ctx context.Context, h *lab.Host, n int, name string, edi
 	if err := h.Define(ctx, text); err != nil {
 		return nil, err
 	}
-	id, err := h.Virsh(ctx, "domuuid", name)
+	id, err := h.Virsh(ctx, "domuuid", d.Name)
 	if err != nil {
 		return nil, err
 	}
-	vm := &VM{Name: name, MAC: d.MAC, Guest: guest.Client{Dial: b.Client.Dial, Address: d.Address.Addr()}, bed: b}
+	vm := &VM{Name: d.Name, MAC: d.MAC, Guest: guest.Client{Dial: b.Client.Dial, Address: addr}, bed: b}
 	vm.UUID, err = plugin.ParseUUID(strings.TrimSpace(id))
 	return vm, err
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command ftvirt-scenario runs 'make demo', 'make test-security', 'make test-faults',
-// 'make chaos' and the soak runs, each in a lab of its own.
+// Command ftvirt-scenario runs 'make demo', 'make test-real', 'make test-security',
+// 'make test-faults', 'make chaos' and the soak runs, each in a lab of its own.
 package main
 
 import (
@@ -59,7 +59,7 @@ func app() *cli.App {
 				return err
 			}
 			err = run(c.Context, scenario.Options{
-				Name: c.String("name"), Bin: c.String("bin"), GuestDir: c.String("guest"), Evidence: c.String("evidence"),
+				Name: c.String("name"), Bin: c.String("bin"), GuestDir: c.String("guest"), DebianDir: c.String("debian"), Evidence: c.String("evidence"),
 				Logs: c.Bool("logs"), Keep: c.Bool("keep"), Rounds: c.Int("n"), Only: only, Seed: c.Uint64("seed"), Length: c.Duration("length"), Out: c.App.Writer,
 			})
 			if err != nil {
@@ -76,6 +76,8 @@ func app() *cli.App {
 			command("test-security", "attack a protected guest", scenario.Security),
 			command("test-faults", "take resources away from a protected guest's hosts, and damage their files", scenario.Faults,
 				&cli.StringFlag{Name: "only", Usage: "the cases whose names match `REGEXP`"}),
+			command("test-real", "fail a Debian server over again and again", scenario.Real, rounds(10),
+				&cli.StringFlag{Name: "debian", Usage: "`DIRECTORY` of the built Debian guest", Value: "build/debian"}),
 			command("soak-failover", "kill the primary again and again", scenario.SoakFailover, rounds(20)),
 			command("soak-crash", "crash the primary's host again and again", scenario.SoakCrash, rounds(10)),
 			command("soak-clone", "make and discard backups again and again", scenario.SoakClone, rounds(200)),

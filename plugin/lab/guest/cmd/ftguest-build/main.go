@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command ftguest-build builds the lab's guest into a directory, so that tests
-// and the demo find it there.
+// and the demo find it there; with -debian, the Debian guest.
 package main
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"os"
 	"os/signal"
@@ -23,11 +24,17 @@ func main() {
 }
 
 func run() error {
-	if len(os.Args) != 2 {
-		return fmt.Errorf("usage: ftguest-build DIRECTORY")
+	debian := flag.Bool("debian", false, "build the Debian guest")
+	flag.Parse()
+	if flag.NArg() != 1 {
+		return fmt.Errorf("usage: ftguest-build [-debian] DIRECTORY")
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
-	_, err := guest.Build(ctx, os.Args[1])
+	if *debian {
+		_, err := guest.BuildDebian(ctx, flag.Arg(0))
+		return err
+	}
+	_, err := guest.Build(ctx, flag.Arg(0))
 	return err
 }
