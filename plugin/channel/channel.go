@@ -17,7 +17,7 @@ import (
 )
 
 // ProtocolVersion is what this package speaks. Both sides must be equal.
-const ProtocolVersion uint16 = 1
+const ProtocolVersion uint16 = 2
 
 // Sentinels of the channel. The typed errors of this package wrap them.
 var (

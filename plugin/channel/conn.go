@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"ftvirt.org/ftvirt/plugin"
+	"ftvirt.org/ftvirt/plugin/rrlog"
 )
 
 // Message is what [Conn.Receive] gives: a LOG, an ACK or a CONTROL.
@@ -47,7 +48,8 @@ const (
 	// drainTimeout bounds the wait for each further frame once sending failed:
 	// what a dead primary sent before it died is still to be had.
 	drainTimeout = time.Second
-	// logChunk splits a long LOG, so that other frames get in between.
+	// logChunk splits a long LOG, so that other frames get in between, and is the
+	// most that one may hold, unpacked.
 	logChunk = 256 << 10
 )
 
@@ -67,6 +69,11 @@ type Conn struct {
 	inbox chan Message
 	spare chan []byte
 	held  []byte // of the last message given out
+
+	packMu   sync.Mutex      // pieces are packed in the order in which they are queued
+	packer   *rrlog.Packer   // nil until there is a log to send
+	packed   []byte          // for reuse
+	unpacker *rrlog.Unpacker // the reader's, nil until a log comes
 
 	ctx    context.Context // of the handlers; ends with the connection
 	cancel context.CancelFunc
@@ -167,12 +174,19 @@ func (c *Conn) fail(cause error) {
 // may have been queued; the peer's WELCOME on the next connection tells from
 // where to go on.
 func (c *Conn) SendLog(ctx context.Context, pos plugin.Position, data []byte) error {
+	c.packMu.Lock()
+	defer c.packMu.Unlock()
+	if c.packer == nil {
+		c.packer = rrlog.NewPacker()
+	}
 	var head [8]byte
-	limit := min(logChunk, c.cfg.MaxFrame-len(head))
+	limit := min(logChunk, c.cfg.MaxFrame-len(head)-rrlog.PackOverhead)
 	for len(data) > 0 {
 		n := min(len(data), limit)
 		binary.BigEndian.PutUint64(head[:], uint64(pos))
-		if err := c.send(ctx, FrameLog, head[:], data[:n]); err != nil {
+		c.packed = c.packer.Pack(c.packed[:0], data[:n])
+		if err := c.send(ctx, FrameLog, head[:], c.packed); err != nil {
+			c.packer.Reset() // the peer does not get this piece
 			return err
 		}
 		pos, data = pos+plugin.Position(n), data[n:]
@@ -395,7 +409,10 @@ func (c *Conn) dispatch(t FrameType, payload []byte) error {
 	var err error
 	switch t {
 	case FrameLog:
-		m.Position, m.Data, err = parseLog(payload)
+		if m, err = c.unpack(payload); err != nil {
+			return err
+		}
+		c.recycle(payload)
 	case FrameAck:
 		m.Position, err = parseAck(payload)
 	case FrameControl:
@@ -416,6 +433,27 @@ func (c *Conn) dispatch(t FrameType, payload []byte) error {
 		return err
 	}
 	return c.deliver(m)
+}
+
+// unpack gives a LOG as it was before it was packed.
+func (c *Conn) unpack(payload []byte) (Message, error) {
+	pos, packed, err := parseLog(payload)
+	if err != nil {
+		return Message{}, err
+	}
+	if c.unpacker == nil {
+		c.unpacker = rrlog.NewUnpacker()
+	}
+	var buf []byte
+	select {
+	case buf = <-c.spare:
+	default:
+	}
+	buf, err = c.unpacker.Unpack(buf[:0], packed, logChunk)
+	if err != nil {
+		return Message{}, fmt.Errorf("%w: %w", malformed(FrameLog, payload), err)
+	}
+	return Message{Type: FrameLog, Position: pos, Data: buf, buf: buf}, nil
 }
 
 // errAbandoned ends the reader of a connection that was closed on this side.

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"ftvirt.org/ftvirt/plugin"
+	"ftvirt.org/ftvirt/plugin/rrlog"
 )
 
 // session makes both ends of a session over TCP.
@@ -262,6 +263,7 @@ func TestBadFramesEndTheSession(t *testing.T) {
 	}{
 		"hello in a session": {appendHeader(nil, FrameHello, 0), ErrMalformed},
 		"short log":          {append(appendHeader(nil, FrameLog, 2), 1, 2), ErrMalformed},
+		"log not packed":     {append(appendHeader(nil, FrameLog, 12), "\x00\x00\x00\x00\x00\x00\x00\x00\x1d\x1d\x1d\x1d"...), rrlog.ErrPacked},
 		"short ack":          {append(appendHeader(nil, FrameAck, 2), 1, 2), ErrMalformed},
 		"control no object":  {append(appendHeader(nil, FrameControl, 2), "[]"...), ErrMalformed},
 		"short request":      {append(appendHeader(nil, FrameRequest, 2), 1, 2), ErrMalformed},

@@ -124,7 +124,7 @@ func TestServeRefusesOtherVersion(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	binary.BigEndian.PutUint16(hello[frameHeader+helloVersion:], 2)
+	binary.BigEndian.PutUint16(hello[frameHeader+helloVersion:], ProtocolVersion+1)
 	answer := serveRaw(t, hello)
 	if len(answer) < frameHeader+4 || FrameType(answer[0]) != FrameRefuse ||
 		binary.BigEndian.Uint16(answer[frameHeader+2:]) != uint16(RefuseVersion) {
@@ -145,16 +145,16 @@ func TestServeDoesNotAnswerStrangers(t *testing.T) {
 }
 
 func TestDialErrors(t *testing.T) {
-	v2 := binary.BigEndian.AppendUint16(nil, 2)
+	other := binary.BigEndian.AppendUint16(nil, ProtocolVersion+1)
 	tests := []struct {
 		name   string
 		answer []byte
 		want   error
 	}{
-		{"welcome of another version", append(append(appendHeader(nil, FrameWelcome, 10), v2...), make([]byte, 8)...), ErrVersion},
+		{"welcome of another version", append(append(appendHeader(nil, FrameWelcome, 10), other...), make([]byte, 8)...), ErrVersion},
 		{
 			"refusal of our version",
-			append(append(appendHeader(nil, FrameRefuse, 4), v2...), 0, byte(RefuseVersion)), ErrVersion,
+			append(append(appendHeader(nil, FrameRefuse, 4), other...), 0, byte(RefuseVersion)), ErrVersion,
 		},
 		{"short welcome", appendHeader(nil, FrameWelcome, 0), ErrMalformed},
 		{"log as answer", append(appendHeader(nil, FrameLog, 8), make([]byte, 8)...), ErrMalformed},
