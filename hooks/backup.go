@@ -53,7 +53,7 @@ func BackupXML(live *libvirtxml.Domain, o BackupOptions) (*libvirtxml.Domain, er
 	if err != nil {
 		return nil, fmt.Errorf("domain %s: %w", live.Name, err)
 	}
-	o.ICountShift = shift
+	o.ICountShift, o.cpu = shift, cpuOf(live)
 	if found := append(matching(live, func(r Rule) bool { return r.Code == "hotplug" }), attached(live)...); len(found) > 0 {
 		return nil, &NotReadyError{Domain: live.Name, Problems: found}
 	}

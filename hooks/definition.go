@@ -21,7 +21,7 @@ func Definition(live *libvirtxml.Domain, a Annotation, o Options) (*libvirtxml.D
 	if err != nil {
 		return nil, err
 	}
-	o.ICountShift = shift
+	o.ICountShift, o.cpu = shift, cpuOf(live)
 	dom, err := Plain(live)
 	if err != nil {
 		return nil, err

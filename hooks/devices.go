@@ -114,7 +114,8 @@ var rules = []Rule{
 		"name a model: <cpu mode='custom' match='exact'><model>qemu64</model></cpu>", onDomain(func(d *libvirtxml.Domain) bool {
 			return d.CPU != nil && d.CPU.Mode != "" && d.CPU.Mode != "custom"
 		})},
-	{"cpu-default", "no CPU model", Adapted, "the default of QEMU may change", "qemu64 is written down", nil},
+	{"cpu-default", "no CPU model", Adapted, "the default of QEMU may change, and Linux on it uses string instructions, which are slow while instructions are counted",
+		"qemu64 is written down, with model number 4; name another model, or a feature, for one without that", nil},
 	{"clock-local", "clock in local time", Refused, "both hosts must show the guest the same clock",
 		"write <clock offset='utc'>", onDomain(func(d *libvirtxml.Domain) bool {
 			return d.Clock != nil && (d.Clock.Offset == "localtime" || d.Clock.Offset == "timezone" ||

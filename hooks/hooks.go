@@ -77,6 +77,8 @@ type Options struct {
 	// ICountShift makes one guest instruction last 2^ICountShift ns. Zero is
 	// a valid shift; DefaultICountShift is the usual one.
 	ICountShift int
+
+	cpu cpuChoice
 }
 
 func (o Options) validate() error {

@@ -35,6 +35,10 @@ func Transform(dom *libvirtxml.Domain, o Options) (*libvirtxml.Domain, error) {
 	if err != nil {
 		return nil, err
 	}
+	if cpuOf(dom) == cpuWithoutRep && isModel(dom.CPU, defaultModel) {
+		// libvirt may have written down more of the model since.
+		o.cpu = cpuWithoutRep
+	}
 	return apply(plain, o, false)
 }
 
@@ -77,12 +81,49 @@ func apply(dom *libvirtxml.Domain, o Options, backup bool) (*libvirtxml.Domain, 
 	return dom, addArguments(dom, o, backup)
 }
 
+// defaultModel is QEMU's own default, too.
+const defaultModel = "qemu64"
+
+// noRep makes Linux believe in a K8 of before revision C, on which it copies and
+// clears memory by loops of moves: X86_FEATURE_REP_GOOD is not set (init_amd_k8).
+// QEMU's model number is 107. While instructions are counted, each turn of a "rep
+// movs" or "rep stos" is a translation block of its own, after which QEMU goes
+// through its main loop (target/i386/tcg/translate.c, do_gen_rep, jmp_opt).
+const noRep = "qemu64-x86_64-cpu.model=4"
+
+// cpuChoice says whether a domain gets noRep.
+type cpuChoice int
+
+const (
+	// cpuByDefinition: where nobody asked for a certain CPU.
+	cpuByDefinition cpuChoice = iota
+	cpuWithoutRep
+	cpuAsNamed
+)
+
+// cpuOf tells which of the two a domain has that was transformed. The CPU of a
+// guest must not change while it runs.
+func cpuOf(dom *libvirtxml.Domain) cpuChoice {
+	if dom.QEMUCommandline != nil {
+		for i, a := range dom.QEMUCommandline.Args {
+			if a.Value == noRep && i > 0 && dom.QEMUCommandline.Args[i-1].Value == "-global" {
+				return cpuWithoutRep
+			}
+		}
+	}
+	return cpuAsNamed
+}
+
+func isModel(cpu *libvirtxml.DomainCPU, model string) bool {
+	return cpu != nil && cpu.Model != nil && cpu.Model.Value == model
+}
+
 // defaultCPU is what libvirt writes for an emulated domain without a model. It
 // needs nothing of the host's CPU, so it is the same on both hosts.
 func defaultCPU() *libvirtxml.DomainCPU {
 	return &libvirtxml.DomainCPU{
 		Mode: "custom", Match: "exact", Check: "none",
-		Model: &libvirtxml.DomainCPUModel{Fallback: "forbid", Value: "qemu64"},
+		Model: &libvirtxml.DomainCPUModel{Fallback: "forbid", Value: defaultModel},
 	}
 }
 
@@ -153,6 +194,9 @@ func addArguments(dom *libvirtxml.Domain, o Options, backup bool) error {
 		"-icount", fmt.Sprintf("shift=%d,%s", o.ICountShift, recordOption),
 		"-plugin", pluginArg,
 		"-global", noVAPIC,
+	}
+	if o.cpu == cpuWithoutRep || o.cpu == cpuByDefinition && isDefaultCPU(dom.CPU) {
+		args = append(args, "-global", noRep)
 	}
 	var overrides []libvirtxml.DomainQEMUOverrideDevice
 	for i, alias := range netAliases(dom.Devices.Interfaces) {
@@ -275,7 +319,7 @@ func ours(option, value string) bool {
 	case "-icount":
 		return strings.HasSuffix(value, ","+recordOption)
 	case "-global":
-		return value == noVAPIC
+		return value == noVAPIC || value == noRep
 	case "-plugin":
 		return strings.Contains(value, ",socket=") && strings.Contains(value, ",uuid=")
 	case "-object":
