@@ -62,8 +62,9 @@ func (e *NotReadyError) Error() string {
 func (e *NotReadyError) Is(target error) bool { return target == ErrNotReady }
 
 const (
-	// DefaultICountShift makes one guest instruction last 8 ns.
-	DefaultICountShift = 3
+	// DefaultICountShift makes one guest instruction last 4 ns, about what it
+	// takes.
+	DefaultICountShift = 2
 	// maxShift is QEMU's own limit.
 	maxShift = 10
 )

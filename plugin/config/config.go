@@ -243,7 +243,7 @@ func Default() Config {
 			RetryMax: 20 * time.Second,
 		},
 		Replay: Replay{
-			ICountShift:       3,
+			ICountShift:       2,
 			DivergenceTimeout: 3 * time.Second,
 			TickInterval:      50 * time.Millisecond,
 		},

@@ -45,7 +45,7 @@ const domain = "11111111-2222-3333-4444-555555555555"
 
 // machine is one QEMU with its monitor and its plugin.
 type machine struct {
-	t      *testing.T
+	t      testing.TB
 	dir    string
 	cmd    *exec.Cmd
 	done   chan struct{}
@@ -156,14 +156,14 @@ func (m *machine) XML(context.Context, plugin.UUID, bool) (string, error) {
 }
 
 type bed struct {
-	t      *testing.T
+	t      testing.TB
 	dir    string
 	guest  guest.Artifacts
 	accept map[string]chan *control.Session // by role
 	ports  map[uint16]uint16
 }
 
-func newBed(t *testing.T) *bed {
+func newBed(t testing.TB) *bed {
 	if _, err := os.Stat("../../../bin/ftvirt.so"); err != nil {
 		t.Fatalf("%v: run 'make build' first", err)
 	}
@@ -199,7 +199,7 @@ func newBed(t *testing.T) *bed {
 
 func (b *bed) socket() string { return filepath.Join(b.dir, "plugin.sock") }
 
-func freePort(t *testing.T) uint16 {
+func freePort(t testing.TB) uint16 {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -226,7 +226,7 @@ func (b *bed) start(ctx context.Context, name, role string, extra ...string) (*m
 	args := []string{
 		"-S", "-nodefaults", "-display", "none", "-machine", "pc-q35-10.0,hpet=off", "-cpu", "qemu64", "-m", "256",
 		"-rtc", "clock=vm", "-global", "apic-common.vapic=off", "-global", "qemu64-x86_64-cpu.model=4",
-		"-icount", "shift=3,rr=record,rrfile=/dev/null",
+		"-icount", "shift=2,rr=record,rrfile=/dev/null",
 		"-plugin", "file=" + so + ",socket=" + b.socket() + ",uuid=" + domain + ",role=" + role,
 		"-kernel", b.guest.Kernel, "-initrd", b.guest.Initrd,
 		"-append", "console=ttyS0 quiet ip=10.0.2.15/24,10.0.2.2",
@@ -567,7 +567,7 @@ func TestClone(t *testing.T) {
 	t.Logf("RESULT clones=%d failed=%d", *clones, failed)
 }
 
-func mkdir(t *testing.T, dir, name string) string {
+func mkdir(t testing.TB, dir, name string) string {
 	d := filepath.Join(dir, name)
 	if err := os.MkdirAll(d, 0o755); err != nil {
 		t.Fatal(err)
