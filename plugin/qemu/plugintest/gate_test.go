@@ -179,7 +179,7 @@ func TestOutputRule(t *testing.T) {
 }
 
 // record brings a into record mode, its state going nowhere.
-func record(ctx context.Context, t *testing.T, a *machine) {
+func record(ctx context.Context, t testing.TB, a *machine) {
 	t.Helper()
 	if err := a.plugin.Arm(1); err != nil {
 		t.Fatal(err)
