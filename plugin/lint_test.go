@@ -64,7 +64,8 @@ var rules = []rule{
 	{packages: []string{"plugin/doctor"}, ours: []string{"plugin/config"}},
 	{packages: []string{"plugin/channel"}, ours: []string{"plugin", "plugin/rrlog"}},
 	{packages: []string{"plugin/doctest"}, ours: []string{"plugin/lab/guest", "plugin/lab/scenario"}},
-	{packages: []string{"migrate"}, ours: []string{"hooks", "plugin", "plugin/channel"}},
+	{packages: []string{"migrate"}, ours: []string{"hooks", "migrate/resync", "plugin", "plugin/channel"}},
+	{packages: []string{"migrate/resync"}},
 	// The hook must start without the agent's parts, and without cgo.
 	{packages: []string{"hooks/cmd/..."}, ours: []string{"arbiter", "arbiter/backend", "hooks", "plugin", "plugin/config"}},
 	{packages: []string{"..."}},
