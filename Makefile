@@ -6,7 +6,7 @@
 # make demo    protect a guest and kill its primary; KEEP=1 leaves the lab up (root)
 # make docs    manual pages and shell completions, into build/docs
 # make deb     Debian packages, into build/deb
-# make lint    formatting, vet, linters, C warnings and static analysis
+# make lint    formatting, vet, linters, C warnings, static analysis, AppArmor's rules
 # make fuzz TIME=10m   fuzz each decoder for that long
 # make vuln    known vulnerabilities of what is used; needs the internet
 # make clean   remove bin/ and build/
@@ -52,6 +52,7 @@ GOLANGCI_VERSION = v2.15.0
 GOLANGCI = build/tools/golangci-lint-$(GOLANGCI_VERSION)
 PROMTOOL = build/tools/promtool
 OCF = build/tools/ocf
+APPARMOR = build/tools/apparmor
 # The newest whose modules the Go proxy has all of. It is no dependency of go.mod:
 # it would bring a hundred modules.
 NFPM_VERSION = v2.45.0
@@ -205,7 +206,7 @@ $(GOVULNCHECK):
 	GOBIN=$(CURDIR)/build/tools $(GO) install golang.org/x/vuln/cmd/govulncheck@$(GOVULNCHECK_VERSION)
 	mv build/tools/govulncheck $@
 
-lint: deps $(GOLANGCI)
+lint: deps $(GOLANGCI) $(APPARMOR)
 	@contrib/deps.sh lint
 	@unformatted=$$(gofmt -l $(GOFILES)); if [ -n "$$unformatted" ]; then echo "not formatted by gofmt:"; echo "$$unformatted"; exit 1; fi
 	@bare=$$(grep -L '^// SPDX-License-Identifier: Apache-2.0' $(GOFILES) || :); if [ -n "$$bare" ]; then echo "without SPDX line:"; echo "$$bare"; exit 1; fi
@@ -216,6 +217,17 @@ lint: deps $(GOLANGCI)
 	$(MAKE) -C plugin/qemu analyse
 	for file in $(CFILES); do gcc -O2 -Wall -Wextra -Werror -fsyntax-only "$$file"; done
 	for file in $(SHFILES); do sh -n "$$file"; done
+	contrib/apparmor-test.sh $(APPARMOR)
+
+# Compiles AppArmor's rules. Taken out of Debian's package, since installing that
+# would change what the machine's own programs may do.
+$(APPARMOR):
+	rm -rf $@ $@.tmp
+	mkdir -p $@.tmp
+	cd $@.tmp && apt-get -q -o APT::Sandbox::User=root download apparmor
+	dpkg-deb -x $@.tmp/apparmor_*.deb $@.tmp
+	rm $@.tmp/*.deb
+	mv $@.tmp $@
 
 # A linter can only judge code for a Go that is no newer than its own.
 $(GOLANGCI):

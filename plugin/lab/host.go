@@ -233,7 +233,7 @@ func (h *Host) qemuConf() string {
 		// libvirt would do the same; written down so that nobody wonders.
 		b.WriteString("security_driver = \"none\"\n")
 	}
-	if len(h.lab.state.Cgroups) == 0 {
+	if !h.lab.HasCgroups() {
 		b.WriteString("cgroup_controllers = []\n")
 	}
 	return b.String()

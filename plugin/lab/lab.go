@@ -350,6 +350,9 @@ func (l *Lab) Name() string { return l.state.Name }
 // Dir is the lab's state directory on the machine.
 func (l *Lab) Dir() string { return l.dir }
 
+// HasCgroups tells whether the machine lets the lab's hosts have control groups.
+func (l *Lab) HasCgroups() bool { return len(l.state.Cgroups) > 0 }
+
 // CA is the authority that made the hosts' certificates.
 func (l *Lab) CA() (*pki.CA, error) { return pki.OpenCA(l.dir) }
 

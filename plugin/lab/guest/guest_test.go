@@ -194,3 +194,20 @@ func TestDomainXML(t *testing.T) {
 		t.Error("a domain without a kernel was described")
 	}
 }
+
+func TestDebianAdapt(t *testing.T) {
+	d := guest.Domain{Name: "g", Kernel: "/k", Initrd: "/i", Address: netip.MustParsePrefix("10.77.0.10/24")}
+	guest.Debian{}.Adapt(&d)
+	text, err := guest.DomainXML(d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		"<cmdline>console=ttyS0 quiet root=/dev/vda rw net.ifnames=0 ip=10.77.0.10:::255.255.255.0::eth0:off</cmdline>",
+		fmt.Sprintf("<memory unit='MiB'>%d</memory>", guest.DebianMemoryMiB),
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("no %s in\n%s", want, text)
+		}
+	}
+}

@@ -294,7 +294,8 @@ func (s *server) judge(ctx context.Context) error {
 	if failure != nil {
 		s.alive = false
 	}
-	return errors.Join(err, failure, s.judgeDatabase(ctx, done), s.judgeKernel(ctx), s.judgePair(ctx))
+	// In this order, each whatever the one before found.
+	return errors.Join(err, failure, s.judgeDatabase(ctx, done), s.judgeKernel(ctx), s.judgePair(ctx), s.judgeDisk(ctx))
 }
 
 // totals are what pgbench's tables must agree on, and how many transactions and
@@ -324,7 +325,7 @@ func (s *server) judgeDatabase(ctx context.Context, done int) error {
 	}
 	lost, unequal := balanced(rows, done)
 	s.lost += lost
-	out, err := s.command(ctx, "runuser -u postgres -- pg_amcheck --heapallindexed --parent-check postgres")
+	out, err := s.command(ctx, "runuser -u postgres -- /usr/lib/postgresql/*/bin/pg_amcheck --heapallindexed --parent-check postgres")
 	if err != nil {
 		err = fmt.Errorf("%w: pg_amcheck: %w: %s", ErrPostgres, err, out)
 	}
@@ -381,5 +382,35 @@ func (s *server) judgePair(ctx context.Context) error {
 		return err
 	}
 	s.say("%s$ ftvirt verify %s\n%s", pair.primary.Name, s.vm.Name, out)
+	return nil
+}
+
+// judgeDisk lets the guest power itself off, and looks at what is on the disk
+// then.
+func (s *server) judgeDisk(ctx context.Context) error {
+	pair, err := s.pair.pair(ctx)
+	if err != nil {
+		return err
+	}
+	if out, err := s.command(ctx, "systemctl --no-block poweroff"); err != nil {
+		return fmt.Errorf("%w: %w: %s", ErrReal, err, out)
+	}
+	for _, h := range []*lab.Host{pair.primary, pair.backup} {
+		err := poll(ctx, realCheckLimit, func(ctx context.Context) (bool, error) {
+			running, err := s.Running(ctx, h, s.vm.Name)
+			return !running, err
+		})
+		if err != nil {
+			return fmt.Errorf("waiting for the end of %s on %s: %w", s.vm.Name, h.Name, err)
+		}
+	}
+	path, err := s.vm.DiskPath(ctx, pair.primary)
+	if err != nil {
+		return err
+	}
+	if err := guest.CheckDisk(ctx, path); err != nil {
+		return err
+	}
+	s.say("%s has powered itself off, on both hosts; fsck finds nothing to repair on its disk", s.vm.Name)
 	return nil
 }

@@ -426,6 +426,7 @@ func (s *siege) locals() []attack {
 			return told, err
 		}},
 		{"commands in the names of domains", s.names},
+		{"a QEMU that its guest has taken over", s.confined},
 	}
 }
 

@@ -40,7 +40,8 @@ type Session struct {
 	progress
 	cmd    *exec.Cmd
 	stdin  io.WriteCloser
-	cancel context.CancelFunc
+	cancel context.CancelFunc // of the work
+	kill   context.CancelFunc // of ssh
 	wg     sync.WaitGroup
 	said   bytes.Buffer // what ssh has to say of itself
 	answer string       // all of them
@@ -50,6 +51,7 @@ type Session struct {
 // work.
 func StartSession(ctx context.Context, ssh func(context.Context, string) *exec.Cmd) (*Session, error) {
 	s := &Session{}
+	ctx, s.kill = context.WithCancel(ctx)
 	work, stop := context.WithCancel(ctx)
 	s.cancel = stop
 	s.cmd = ssh(ctx, sessionWork)
@@ -75,6 +77,8 @@ func StartSession(ctx context.Context, ssh func(context.Context, string) *exec.C
 }
 
 func (s *Session) run(ctx context.Context, r *bufio.Reader) error {
+	// Also the end of a shell that did wrong.
+	defer func() { _ = s.stdin.Close() }()
 	var state string
 	for Pause(ctx, sessionInterval) == nil {
 		line := fmt.Sprintf("work %d", s.Count()+1)
@@ -111,9 +115,13 @@ func sessionState(state, line string) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// Stop lets the session end in its own time, and returns all of its answers.
+// Stop lets the session end in its own time, up to a limit, and returns all of
+// its answers.
 func (s *Session) Stop() (string, error) {
+	defer s.kill()
 	s.cancel()
+	late := time.AfterFunc(realReplyLimit, s.kill)
+	defer late.Stop()
 	s.wg.Wait()
 	err := s.cmd.Wait()
 	if err != nil {
