@@ -13,9 +13,8 @@ import (
 // domain ready for protection. It gives nil if nothing is to be changed, which
 // is so for every domain without an annotation.
 //
-// A saved guest must find the hardware that it was saved with, so a domain that
-// was not transformed when it was started gives ErrGuestABI unless its hardware
-// happens to fit.
+// A saved guest must find the hardware and the clock that it was saved with, so a
+// domain that was not transformed when it was started gives ErrGuestABI.
 func RestoreFilter(xml []byte, o Options) ([]byte, error) { return filter(xml, o) }
 
 // MigrateFilter is the same for the hook's migrate operation, on the host that
@@ -34,12 +33,22 @@ func filter(xml []byte, o Options) ([]byte, error) {
 	if a.Backup() {
 		return nil, fmt.Errorf("domain %s is the backup of epoch %d: %w: it can be neither saved nor migrated", dom.Name, a.Epoch, ErrNotReady)
 	}
+	// The time of a saved guest is a number of instructions of that length.
+	shift, uncounted := shiftOf(dom)
+	if uncounted == nil {
+		o.ICountShift = shift
+	}
 	out, err := Transform(dom, o)
 	if err != nil {
 		return nil, err
 	}
 	if changed := guestChanges(dom, out); changed != "" {
 		return nil, fmt.Errorf("domain %s: %w: %s; power it off and start it again to protect it", dom.Name, ErrGuestABI, changed)
+	}
+	// QEMU takes such a state without a complaint, and begins its clock at 0.
+	if uncounted != nil {
+		return nil, fmt.Errorf("domain %s: %w: its clock would begin anew: %w; power it off and start it again to protect it",
+			dom.Name, ErrGuestABI, uncounted)
 	}
 	before, err := dom.Marshal()
 	if err != nil {

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -427,6 +428,18 @@ func TestFilters(t *testing.T) {
 		}
 		return text
 	}
+	// Its hardware fits, but it was not started to record.
+	fits, err := Parse(file("q35-plain.ft.xml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	args := fits.QEMUCommandline.Args
+	i := slices.IndexFunc(args, func(a libvirtxml.DomainQEMUCommandlineArg) bool { return a.Value == "-icount" })
+	fits.QEMUCommandline.Args = slices.Delete(args, i, i+2)
+	uncounted, err := fits.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, f := range []func([]byte, Options) ([]byte, error){RestoreFilter, MigrateFilter} {
 		if out, err := f(file("i440fx.in.xml"), options); out != nil || err != nil {
 			t.Errorf("without annotation: %s, %v", out, err)
@@ -436,6 +449,14 @@ func TestFilters(t *testing.T) {
 		}
 		if _, err := f(file("q35-plain.in.xml"), options); !errors.Is(err, ErrGuestABI) {
 			t.Errorf("other hardware: %v", err)
+		}
+		if out, err := f([]byte(uncounted), options); out != nil || !errors.Is(err, ErrGuestABI) {
+			t.Errorf("saved without record: %s, %v", out, err)
+		}
+		other := options
+		other.ICountShift++
+		if out, err := f(file("q35-plain.ft.xml"), other); out != nil || err != nil {
+			t.Errorf("saved with another instruction length: %s, %v", out, err)
 		}
 		if _, err := f(file("live.backup.xml"), options); !errors.Is(err, ErrNotReady) {
 			t.Errorf("a backup: %v", err)
