@@ -170,7 +170,7 @@ func (d *domain) enable(ctx context.Context, info virt.Info, peer string) error 
 	}
 	if v == nil || v.reports().Mode == control.ModeBoot {
 		return fmt.Errorf("%w: its definition was not made ready before its start: "+
-			"shut it down, run 'ftvirt enable %s --peer %s', and start it", hooks.ErrNotTransformed, info.Name, peer)
+			"run 'ftvirt enable %s --peer %s --at-next-boot', shut it down, and start it", hooks.ErrNotTransformed, info.Name, peer)
 	}
 	if _, err := rrlog.LayoutFor(v.Hello().QEMU.Major, v.Hello().QEMU.Minor); err != nil {
 		return err

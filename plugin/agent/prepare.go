@@ -13,14 +13,28 @@ import (
 	"ftvirt.org/ftvirt/plugin/virt"
 )
 
-// ErrRunning is returned for what can be done to a definition only while no
-// QEMU runs from it.
-var ErrRunning = errors.New("the domain is running")
+var (
+	// ErrRunning is returned for what can be done to a definition only while no
+	// QEMU runs from it.
+	ErrRunning = errors.New("the domain is running")
+	// ErrTransient is returned for a domain that has no definition to start from again.
+	ErrTransient = errors.New("the domain is transient")
+)
 
 // Prepare rewrites the definition of a domain that is not running, so that it
 // starts ready to be protected by peer. It does not start it, nor is the
 // domain protected by that.
 func (a *Agent) Prepare(ctx context.Context, name, peer string) error {
+	return a.prepare(ctx, name, peer, false)
+}
+
+// PrepareNext does the same for a domain that may be running: what runs is left
+// as it is, and its next start is ready.
+func (a *Agent) PrepareNext(ctx context.Context, name, peer string) error {
+	return a.prepare(ctx, name, peer, true)
+}
+
+func (a *Agent) prepare(ctx context.Context, name, peer string, running bool) error {
 	if _, err := a.cfg.Peer(peer); err != nil {
 		return err
 	}
@@ -28,9 +42,14 @@ func (a *Agent) Prepare(ctx context.Context, name, peer string) error {
 	if err != nil {
 		return err
 	}
-	if info.Active {
+	switch {
+	case info.Active && !running:
 		return fmt.Errorf("%w: use 'ftvirt enable %s --peer %s'", ErrRunning, info.Name, peer)
+	case !info.Persistent:
+		// To define it would make it persistent, which nobody asked for.
+		return fmt.Errorf("%w: it has no definition to be made ready; define it with 'virsh define'", ErrTransient)
 	}
+	info.Active = false // it is the definition that counts, not what runs
 	problems, err := a.checkDomain(ctx, info, peer)
 	if err != nil {
 		return err

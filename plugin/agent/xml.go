@@ -38,6 +38,7 @@ var errNoRoute = errors.New("this agent does not know the request; is it older t
 // adminDefinitions adds the requests about domains' definitions.
 func (a *Agent) adminDefinitions(mux *http.ServeMux) {
 	mux.HandleFunc("POST /v1/prepare", post(func(ctx context.Context, r EnableRequest) error { return a.Prepare(ctx, r.Domain, r.Peer) }))
+	mux.HandleFunc("POST /v1/prepare-next", post(func(ctx context.Context, r EnableRequest) error { return a.PrepareNext(ctx, r.Domain, r.Peer) }))
 	mux.HandleFunc("POST /v1/restore", post(func(ctx context.Context, r EnableRequest) error { return a.Restore(ctx, r.Domain) }))
 	mux.HandleFunc("GET /v1/domains", func(w http.ResponseWriter, r *http.Request) {
 		list, err := a.Domains(r.Context())

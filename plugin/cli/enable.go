@@ -27,10 +27,12 @@ func enableCommand() *cli.Command {
 		Usage:     "protect a domain with a backup on another host",
 		ArgsUsage: "DOMAIN --peer HOST",
 		Description: "A running domain is cloned to the peer while it runs. The definition of a domain that is\n" +
-			"not running is made ready for it, and it is cloned once it is started. With --wait, a terminal\n" +
-			"shows a bar, and anything else a line for each tenth.",
+			"not running is made ready for it, and it is cloned once it is started. So is, with --at-next-boot,\n" +
+			"the definition of a running domain, which runs on as it is until it is shut down and started.\n" +
+			"With --wait, a terminal shows a bar, and anything else a line for each tenth.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "peer", Usage: "the `HOST` to run the backup, as ftvirt.toml calls it"},
+			&cli.BoolFlag{Name: "at-next-boot", Usage: "change only the definition, for when the domain is started next; a reboot is no start"},
 			&cli.BoolFlag{Name: "wait", Usage: "return only when the domain is protected, or the clone failed"},
 			&cli.DurationFlag{Name: "timeout", Usage: "the longest time to wait", Value: 5 * time.Minute},
 			configFlag(), socketFlag(),
@@ -50,6 +52,10 @@ func enable(c *cli.Context) error {
 	if c.Duration("timeout") <= 0 {
 		return usagef("--timeout %s is not a time to wait; write it with a unit, such as 5m", c.Duration("timeout"))
 	}
+	next := c.Bool("at-next-boot")
+	if next && c.Bool("wait") {
+		return usagef("--wait has nothing to wait for with --at-next-boot; give one of them")
+	}
 	agt, err := connect(c)
 	if err != nil {
 		return err
@@ -63,6 +69,9 @@ func enable(c *cli.Context) error {
 	// The UUID, so that a domain renamed or defined anew meanwhile is not
 	// taken for this one.
 	id := dom.UUID.String()
+	if next {
+		return prepareNext(ctx, c, agt, dom, peer)
+	}
 	if !dom.Running {
 		return prepare(ctx, c, agt, dom, peer)
 	}
@@ -108,6 +117,16 @@ func prepare(ctx context.Context, c *cli.Context, agt *client.Client, dom client
 	}
 	_, err := fmt.Fprintf(c.App.Writer, "domain %s is not running; its definition is ready for protection now.\n"+
 		"It is cloned to %s once it is started; with protect.auto = false, by 'ftvirt enable' again.\n", dom.Domain, peer)
+	return err
+}
+
+// prepareNext is for a domain that was not started ready, or is off.
+func prepareNext(ctx context.Context, c *cli.Context, agt *client.Client, dom client.DomainInfo, peer string) error {
+	if err := agt.PrepareNext(ctx, dom.UUID.String(), peer); err != nil {
+		return err
+	}
+	_, err := fmt.Fprintf(c.App.Writer, "the definition of domain %s is ready for protection now. What runs is left as it is, a reboot included:\n"+
+		"shut it down and start it. Then it is cloned to %s; with protect.auto = false, by 'ftvirt enable' again.\n", dom.Domain, peer)
 	return err
 }
 

@@ -31,13 +31,15 @@ func TestEnableAndDisable(t *testing.T) {
 	}{
 		{"enable web --peer hostb", true, "POST /v1/enable " + webText + " hostb", "is being cloned to hostb"},
 		{"enable web --peer hostb", false, "POST /v1/prepare " + webText + " hostb", "after its start"},
+		{"enable web --peer hostb --at-next-boot", true, "POST /v1/prepare-next " + webText + " hostb", "a reboot included"},
+		{"enable web --peer hostb --at-next-boot", false, "POST /v1/prepare-next " + webText + " hostb", "start it"},
 		{"disable web", true, "POST /v1/disable " + webText, "no longer protected"},
 		{"disable web", false, "POST /v1/restore " + webText, "ordinary definition"},
 	} {
 		f := serve(t, map[string]any{
 			"GET /v1/domains/web": agent.DomainInfo{Domain: "web", UUID: webID, Running: tc.running},
 			statusPath:            client.Status{Domain: "web", UUID: webID, State: "unprotected", Reason: "not-enabled"},
-			"POST /v1/enable":     struct{}{}, "POST /v1/disable": struct{}{}, "POST /v1/prepare": struct{}{}, "POST /v1/restore": struct{}{},
+			"POST /v1/enable":     struct{}{}, "POST /v1/disable": struct{}{}, "POST /v1/prepare": struct{}{}, "POST /v1/prepare-next": struct{}{}, "POST /v1/restore": struct{}{},
 		})
 		r := run(t, "", append(strings.Fields(tc.args), "--socket", f.socket)...)
 		if r.code != exitOK || !strings.Contains(r.out, tc.says) {

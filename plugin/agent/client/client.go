@@ -249,6 +249,11 @@ func (c *Client) Prepare(ctx context.Context, domain, peer string) error {
 	return c.post(ctx, "/v1/prepare", enableRequest{domain, peer})
 }
 
+// PrepareNext does the same for a domain that may be running, for its next start.
+func (c *Client) PrepareNext(ctx context.Context, domain, peer string) error {
+	return c.post(ctx, "/v1/prepare-next", enableRequest{domain, peer})
+}
+
 // Restore gives a domain that is not running the definition back that it had
 // before Prepare.
 func (c *Client) Restore(ctx context.Context, domain string) error {

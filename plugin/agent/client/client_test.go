@@ -133,17 +133,18 @@ func TestRequests(t *testing.T) {
 	ctx := t.Context()
 	second := func(_ any, err error) error { return err }
 	for want, call := range map[string]func() error{
-		"GET /v1/status":                             func() error { return second(c.Status(ctx)) },
-		"GET /v1/status/a%20%2Fb":                    func() error { return second(c.StatusOf(ctx, "a /b")) },
-		"GET /v1/domains":                            func() error { return second(c.Domains(ctx)) },
-		"GET /v1/domains/a%20%2Fb":                   func() error { return second(c.Domain(ctx, "a /b")) },
-		"GET /v1/xml/a%20%2Fb":                       func() error { return second(c.XML(ctx, "a /b")) },
-		"GET /v1/check/a%20%2Fb":                     func() error { return second(c.Check(ctx, "a /b", "")) },
-		"GET /v1/check/g?peer=host+b":                func() error { return second(c.Check(ctx, "g", "host b")) },
-		`POST /v1/disable {"domain":"g"}`:            func() error { return c.Disable(ctx, "g") },
-		`POST /v1/restore {"domain":"g"}`:            func() error { return c.Restore(ctx, "g") },
-		`POST /v1/enable {"domain":"g","peer":"h"}`:  func() error { return c.Enable(ctx, "g", "h") },
-		`POST /v1/prepare {"domain":"g","peer":"h"}`: func() error { return c.Prepare(ctx, "g", "h") },
+		"GET /v1/status":                                  func() error { return second(c.Status(ctx)) },
+		"GET /v1/status/a%20%2Fb":                         func() error { return second(c.StatusOf(ctx, "a /b")) },
+		"GET /v1/domains":                                 func() error { return second(c.Domains(ctx)) },
+		"GET /v1/domains/a%20%2Fb":                        func() error { return second(c.Domain(ctx, "a /b")) },
+		"GET /v1/xml/a%20%2Fb":                            func() error { return second(c.XML(ctx, "a /b")) },
+		"GET /v1/check/a%20%2Fb":                          func() error { return second(c.Check(ctx, "a /b", "")) },
+		"GET /v1/check/g?peer=host+b":                     func() error { return second(c.Check(ctx, "g", "host b")) },
+		`POST /v1/disable {"domain":"g"}`:                 func() error { return c.Disable(ctx, "g") },
+		`POST /v1/restore {"domain":"g"}`:                 func() error { return c.Restore(ctx, "g") },
+		`POST /v1/enable {"domain":"g","peer":"h"}`:       func() error { return c.Enable(ctx, "g", "h") },
+		`POST /v1/prepare-next {"domain":"g","peer":"h"}`: func() error { return c.PrepareNext(ctx, "g", "h") },
+		`POST /v1/prepare {"domain":"g","peer":"h"}`:      func() error { return c.Prepare(ctx, "g", "h") },
 	} {
 		if err := call(); err != nil || asked != want {
 			t.Errorf("asked %q, want %q, %v", asked, want, err)
