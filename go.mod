@@ -2,6 +2,9 @@ module ftvirt.org/ftvirt
 
 go 1.26.0
 
+// The standard library has known vulnerabilities in older ones: make vuln.
+toolchain go1.26.11
+
 require (
 	github.com/BurntSushi/toml v1.6.0
 	github.com/aymanbagabas/go-udiff v0.4.1

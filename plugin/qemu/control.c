@@ -632,9 +632,11 @@ static void *io_thread(void *unused)
         }
         fds[0] = (struct pollfd){ .fd = ft.wake_fd, .events = POLLIN };
         fds[1] = (struct pollfd){ .fd = io.fd, .events = POLLIN };
+        pthread_mutex_lock(&ft.lock);
         if (io.out_len) {
             fds[1].events |= POLLOUT;
         }
+        pthread_mutex_unlock(&ft.lock);
         if (poll(fds, 2, wait) < 0 && errno != EINTR) {
             ft_report("poll: %s", strerror(errno));
         }
