@@ -44,6 +44,12 @@ type Options struct {
 	// Seed and Length are what chaos is made of and how long it lasts.
 	Seed   uint64
 	Length time.Duration
+	// Quick, Parts, Sources and Report are of the benchmark: whether it is the
+	// short one, which parts of it to run, all if none is named, the C files that
+	// its guest compiles, and where tables, JSON and plots go.
+	Quick           bool
+	Parts           []string
+	Sources, Report string
 	// Out takes what people read.
 	Out io.Writer
 }
