@@ -55,6 +55,7 @@ GOLANGCI = build/tools/golangci-lint-$(GOLANGCI_VERSION)
 PROMTOOL = build/tools/promtool
 OCF = build/tools/ocf
 APPARMOR = build/tools/apparmor
+COLO = build/tools/qemu-colo
 # The newest whose modules the Go proxy has all of. It is no dependency of go.mod:
 # it would bring a hundred modules.
 NFPM_VERSION = v2.45.0
@@ -184,10 +185,20 @@ demo test-real test-security test-faults soak-failover soak-crash soak-clone cha
 	@build/ftvirt-scenario $@ $(if $(filter soak-% test-real,$@),$(if $(N),-n $(N))) $(if $(filter test-faults,$@),$(if $(ONLY),-only '$(ONLY)')) $(if $(filter chaos,$@),-seed $(SEED) -length $(MINUTES)m)
 
 # On a machine that does nothing else; PART=work runs a part of it alone.
+bench: $(COLO)
 bench bench-quick: build build/guest
 	@contrib/deps.sh bench
 	$(GO) build -o build/ftvirt-scenario ./plugin/lab/cmd/ftvirt-scenario
 	@build/ftvirt-scenario bench $(if $(filter %-quick,$@),-quick) $(if $(PART),-part $(PART))
+
+# COLO does not work in QEMU 10.0. Debian 12 has an older QEMU as well, which is
+# taken out of its packages, not installed.
+$(COLO): deps
+	. /etc/os-release; [ "$$VERSION_ID" = 12 ] || exit 0; \
+	rm -rf $@.tmp; mkdir -p $@.tmp; cd $@.tmp; \
+	apt-get -q -o APT::Sandbox::User=root download qemu-system-x86/bookworm qemu-system-common/bookworm qemu-system-data/bookworm; \
+	for package in *.deb; do dpkg-deb -x "$$package" .; done; \
+	rm ./*.deb; cd $(CURDIR); mv $@.tmp $@
 
 # Every second clone goes live; after pauses and resets both sides are compared.
 soak-plugin: N ?= 100

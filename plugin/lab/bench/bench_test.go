@@ -23,8 +23,8 @@ func TestFigures(t *testing.T) {
 	}{
 		{bench.Figures{3}, 3, 3, "3.00"},
 		{bench.Figures{30, 10, 20}, 20, 30, "20.0 (10.0..30.0)"},
-		{bench.Figures{4, 1, 3, 2}, 2, 4, "2.00 (1.00..4.00)"},
-		{bench.Figures{1234.5, 0.01234}, 0.01234, 1234.5, "0.012 (0.012..1234)"},
+		{bench.Figures{4, 1, 3, 2}, 2.5, 4, "2.50 (1.00..4.00)"},
+		{bench.Figures{1234.5, 0.01234, 0.01234}, 0.01234, 1234.5, "0.012 (0.012..1234)"},
 	} {
 		if m, p := c.figures.Median(), c.figures.Quantile(0.99); m != c.median || p != c.p99 || c.figures.String() != c.text {
 			t.Errorf("%v: median %v, p99 %v, %q; want %v, %v, %q", []float64(c.figures), m, p, c.figures, c.median, c.p99, c.text)

@@ -15,8 +15,18 @@ import (
 // Figures are one quantity, measured again and again.
 type Figures []float64
 
-// Median returns the middle one, NaN of none.
-func (f Figures) Median() float64 { return f.Quantile(0.5) }
+// Median returns the middle one, or the mean of the two in the middle, NaN of
+// none.
+func (f Figures) Median() float64 {
+	if len(f) == 0 {
+		return math.NaN()
+	}
+	sorted, middle := slices.Sorted(slices.Values(f)), len(f)/2
+	if len(f)%2 == 0 {
+		return (sorted[middle-1] + sorted[middle]) / 2
+	}
+	return sorted[middle]
+}
 
 // Quantile returns the smallest figure that at least the part p of all does not
 // exceed, NaN of none.

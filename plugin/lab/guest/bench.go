@@ -20,8 +20,8 @@ import (
 // BenchCmdline is added to the kernel's command line of a guest of BuildBench.
 const BenchCmdline = "rdinit=/bench-init"
 
-// benchDiskSize holds the tools, of 130 MiB, and what they write.
-const benchDiskSize = 256 << 20
+// BenchDiskSize holds the tools, of 130 MiB, and what they write.
+const BenchDiskSize = 256 << 20
 
 // benchVersion is part of the cache key, as buildVersion is.
 const benchVersion = "2"
@@ -181,7 +181,7 @@ func buildBench(ctx context.Context, work string, base Artifacts, tools, sources
 	if err := os.WriteFile(filepath.Join(out, "initrd.gz"), append(initrd, compress(archive)...), 0o644); err != nil {
 		return err
 	}
-	return makeDisk(ctx, filepath.Join(out, "disk.raw"), benchDiskSize, "-d", root)
+	return makeDisk(ctx, filepath.Join(out, "disk.raw"), BenchDiskSize, "-d", root)
 }
 
 // compress ends an archive.

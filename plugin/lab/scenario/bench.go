@@ -37,6 +37,8 @@ var benchParts = []struct {
 	{"delay", false, benchDelay},
 	{"clone", true, benchClone},
 	{"failover", true, benchFailover},
+	{"colo", false, benchCOLO},
+	{"pairs", false, benchPairs},
 }
 
 // errPart is returned for the name of no part.

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"ftvirt.org/ftvirt/plugin/config"
@@ -39,7 +40,7 @@ func benchWork(ctx context.Context, b *benchmark) (err error) {
 	shift := config.Default().Replay.ICountShift
 	var vms []*VM
 	defer func() { err = errors.Join(err, removeAll(ctx, vms)) }()
-	start := func(peer *lab.Host, config string, more ...string) (*VM, error) {
+	boot := func(peer *lab.Host, config string, more ...string) (*VM, error) {
 		n := len(vms)
 		vm, err := b.startBench(ctx, hosta, peer, n, fmt.Sprintf("work%d", n), editBench(benchMemory, more...))
 		if err != nil {
@@ -60,7 +61,7 @@ func benchWork(ctx context.Context, b *benchmark) (err error) {
 		{configIdle, hostb, nil},
 		{configProtected, hostb, nil},
 	} {
-		vm, err := start(c.peer, c.config, c.more...)
+		vm, err := boot(c.peer, c.config, c.more...)
 		if err != nil {
 			return err
 		}
@@ -70,11 +71,30 @@ func benchWork(ctx context.Context, b *benchmark) (err error) {
 		}
 		subjects = append(subjects, s)
 	}
-	rounds := 5
-	if b.Quick {
-		rounds = 2
+	if !b.Quick {
+		c := &coloSubject{b: b}
+		defer func() { err = errors.Join(err, c.end(ctx)) }()
+		if lacks := b.hasCOLO(); lacks == nil {
+			subjects = append(subjects, c.subject())
+		} else {
+			for _, w := range works {
+				b.report.Skip(w.name, configCOLO, lacks.Error())
+			}
+		}
 	}
+	rounds, limit := 5, 15*time.Minute
+	if b.Quick {
+		rounds, limit = 3, 170*time.Second
+	}
+	if b.Length > 0 {
+		limit = b.Length
+	}
+	start := time.Now()
 	for round := range rounds {
+		// A machine that does other things as well gets fewer.
+		if time.Since(start) > limit*time.Duration(rounds-1)/time.Duration(rounds) {
+			break
+		}
 		if err := b.networkTrip(ctx, 0); err != nil {
 			return err
 		}
@@ -84,7 +104,7 @@ func benchWork(ctx context.Context, b *benchmark) (err error) {
 			}
 			turn := subjects
 			if w.unit == "" {
-				turn = subjects[len(subjects)-1:]
+				turn = slices.DeleteFunc(slices.Clone(subjects), func(s subject) bool { return s.pair == nil })
 			}
 			if err := b.measure(ctx, w, turn); err != nil {
 				return err
@@ -330,6 +350,8 @@ func (b *benchmark) compare() {
 	r.AtMost(lagName+", median", millisUnit, 20, lags.Median())
 	r.AtMost(lagName+", p99", millisUnit, 100, lags.Quantile(0.99))
 	r.AtMost(replyName+", median", millisUnit, 200, r.Figures(replyName, configProtected).Median())
+	b.judgeCOLO()
+	b.judgePairs()
 }
 
 // addedTrip is what protection adds to a round trip, beyond that of the logging

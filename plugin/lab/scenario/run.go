@@ -41,7 +41,8 @@ type Options struct {
 	Rounds int
 	// Only, if not nil, selects the cases of the faults by their names.
 	Only *regexp.Regexp
-	// Seed and Length are what chaos is made of and how long it lasts.
+	// Seed and Length are what chaos is made of and how long it lasts, and for how
+	// long the benchmark's guests work; 0 is as long as is usual.
 	Seed   uint64
 	Length time.Duration
 	// Quick, Parts, Sources and Report are of the benchmark: whether it is the
@@ -50,6 +51,8 @@ type Options struct {
 	Quick           bool
 	Parts           []string
 	Sources, Report string
+	// COLO has an older QEMU, as unpacked from Debian's packages.
+	COLO string
 	// Out takes what people read.
 	Out io.Writer
 }

@@ -62,7 +62,7 @@ func app() *cli.App {
 			err = run(c.Context, scenario.Options{
 				Name: c.String("name"), Bin: c.String("bin"), GuestDir: c.String("guest"), DebianDir: c.String("debian"), Evidence: c.String("evidence"),
 				Logs: c.Bool("logs"), Keep: c.Bool("keep"), Rounds: c.Int("n"), Only: only, Seed: c.Uint64("seed"), Length: c.Duration("length"),
-				Quick: c.Bool("quick"), Parts: c.StringSlice("part"), Sources: c.String("sources"), Report: c.String("report"), Out: c.App.Writer,
+				Quick: c.Bool("quick"), Parts: c.StringSlice("part"), Sources: c.String("sources"), Report: c.String("report"), COLO: c.String("colo"), Out: c.App.Writer,
 			})
 			if err != nil {
 				return fmt.Errorf("%w: %w", errReported, err)
@@ -88,8 +88,10 @@ func app() *cli.App {
 				&cli.DurationFlag{Name: "length", Usage: "how long `TIME` faults happen", Value: 5 * time.Minute}),
 			command("bench", "measure what protection costs", scenario.Bench,
 				&cli.BoolFlag{Name: "quick", Usage: "fewer works, configurations and rounds"},
+				&cli.DurationFlag{Name: "length", Usage: "begin no round of works after this `TIME`"},
 				&cli.StringSliceFlag{Name: "part", Usage: "only this `PART`"},
 				&cli.StringFlag{Name: "sources", Usage: "`DIRECTORY` of the C files that the guest compiles", Value: "plugin/qemu"},
+				&cli.StringFlag{Name: "colo", Usage: "`DIRECTORY` of a QEMU whose COLO works", Value: "build/tools/qemu-colo"},
 				&cli.StringFlag{Name: "report", Usage: "`DIRECTORY` for tables, JSON and plots", Value: "build/bench"}),
 		},
 	}
