@@ -23,6 +23,8 @@
 # make soak-clone N=200      make and discard backups again and again (root)
 # make soak-plugin N=100     clone, pause and reset again and again, without libvirt
 # make soak-storage N=5      race for epochs on NFS and iSCSI, N times as long as in the tests (root)
+# make bench-quick           what protection costs, in at most 6 minutes (root)
+# make bench                 all of it, with COLO beside it, in at most 40 (root)
 # make chaos SEED=1 MINUTES=20    let things go wrong at random on three hosts (root)
 # make test-deb              install, upgrade, remove and purge the packages in a
 #                            Debian of their own, and run lintian (root, network)
@@ -53,6 +55,7 @@ GOLANGCI = build/tools/golangci-lint-$(GOLANGCI_VERSION)
 PROMTOOL = build/tools/promtool
 OCF = build/tools/ocf
 APPARMOR = build/tools/apparmor
+COLO = build/tools/qemu-colo
 # The newest whose modules the Go proxy has all of. It is no dependency of go.mod:
 # it would bring a hundred modules.
 NFPM_VERSION = v2.45.0
@@ -72,7 +75,7 @@ list_tests = $(GO) list -tags $(TAGS) -f '{{.ImportPath}} {{join .TestImports " 
 UNIT = $$($(list_tests) | grep -Ev ' $(REAL)( |$$)' | cut -d' ' -f1)
 LAB = $$($(list_tests) | grep -E ' $(REAL)( |$$)' | cut -d' ' -f1)
 
-.PHONY: build/deb/newer all deps build test unit-test lab-test test-security test-faults demo soak-failover soak-crash soak-clone soak-plugin soak-storage chaos fuzz lint vuln clean build/guest build/debian docs deb test-deb test-docs test-real test-web test-orchestration
+.PHONY: build/deb/newer all deps build test unit-test lab-test test-security test-faults demo soak-failover soak-crash soak-clone soak-plugin soak-storage chaos bench bench-quick fuzz lint vuln clean build/guest build/debian docs deb test-deb test-docs test-real test-web test-orchestration
 
 all: build
 
@@ -184,6 +187,22 @@ test-real: build/debian
 demo test-real test-security test-faults soak-failover soak-crash soak-clone chaos: build build/guest
 	$(GO) build -o build/ftvirt-scenario ./plugin/lab/cmd/ftvirt-scenario
 	@build/ftvirt-scenario $@ $(if $(filter soak-% test-real,$@),$(if $(N),-n $(N))) $(if $(filter test-faults,$@),$(if $(ONLY),-only '$(ONLY)')) $(if $(filter chaos,$@),-seed $(SEED) -length $(MINUTES)m)
+
+# On a machine that does nothing else; PART=work runs a part of it alone.
+bench: $(COLO)
+bench bench-quick: build build/guest
+	@contrib/deps.sh bench
+	$(GO) build -o build/ftvirt-scenario ./plugin/lab/cmd/ftvirt-scenario
+	@build/ftvirt-scenario bench $(if $(filter %-quick,$@),-quick) $(if $(PART),-part $(PART))
+
+# COLO does not work in QEMU 10.0. Debian 12 has an older QEMU as well, which is
+# taken out of its packages, not installed.
+$(COLO): deps
+	. /etc/os-release; [ "$$VERSION_ID" = 12 ] || exit 0; \
+	rm -rf $@.tmp; mkdir -p $@.tmp; cd $@.tmp; \
+	apt-get -q -o APT::Sandbox::User=root download qemu-system-x86/bookworm qemu-system-common/bookworm qemu-system-data/bookworm; \
+	for package in *.deb; do dpkg-deb -x "$$package" .; done; \
+	rm ./*.deb; cd $(CURDIR); mv $@.tmp $@
 
 # Every second clone goes live; after pauses and resets both sides are compared.
 soak-plugin: N ?= 100

@@ -3,9 +3,10 @@
 #
 # Installs what building, testing and the lab need, on Debian 12 or 13, and with
 # an argument what one target needs beside that: "lint" what looks at the C
-# sources, "web" a browser, "orchestration" Ansible, "packages" what makes a Debian
-# to install them in, "real" what makes a Debian guest and talks to it. It does
-# nothing, quickly and without root, when all of it is there.
+# sources, "bench" what benchmarks run, "web" a browser, "orchestration" Ansible,
+# "packages" what makes a Debian to install them in, "real" what makes a Debian
+# guest and talks to it. It does nothing, quickly and without root, when all of it
+# is there.
 set -eu
 
 # What ftvirt drives. Debian 12 has these in bookworm-backports in a version
@@ -21,6 +22,7 @@ storage='nfs-ganesha nfs-ganesha-vfs open-iscsi rpcbind tgt'
 docs='fish man-db mandoc zsh'
 case ${1:-} in
 lint) base="$base clang cppcheck" ;;
+bench) base="$base fio iperf3" ;;
 web) base="$base chromium fonts-dejavu-core" ;;
 packages) base="$base debian-archive-keyring mmdebstrap openssh-client" ;;
 orchestration) base="$base ansible-core ansible-lint libxml2-utils" ;;

@@ -4,7 +4,6 @@ package guest
 
 import (
 	"bytes"
-	"compress/gzip"
 	"context"
 	"crypto/sha256"
 	"debug/elf"
@@ -118,7 +117,7 @@ func build(ctx context.Context, work string, busybox []byte) error {
 	if err := os.WriteFile(filepath.Join(out, "vmlinuz"), kernel, 0o644); err != nil {
 		return err
 	}
-	program, err := compileProgram(ctx, work)
+	program, err := compile(ctx, work, "ftguest", programSource)
 	if err != nil {
 		return err
 	}
@@ -129,7 +128,7 @@ func build(ctx context.Context, work string, busybox []byte) error {
 	if err := os.WriteFile(filepath.Join(out, "initrd.gz"), initramfs(busybox, program, modules), 0o644); err != nil {
 		return err
 	}
-	return makeDisk(ctx, filepath.Join(out, "disk.raw"))
+	return makeDisk(ctx, filepath.Join(out, "disk.raw"), DiskSize)
 }
 
 // NewDisk copies the template to path, which must not exist, in qemu-img's
@@ -218,9 +217,10 @@ func downloadKernel(ctx context.Context, work string) (release string, err error
 	return "", fmt.Errorf("apt knows no dependency of %s (run 'make deps', which updates apt's lists)", kernelPackage)
 }
 
-func compileProgram(ctx context.Context, work string) ([]byte, error) {
-	source, binary := filepath.Join(work, "ftguest.c"), filepath.Join(work, "ftguest")
-	if err := os.WriteFile(source, programSource, 0o644); err != nil {
+// compile makes a static program of one C file.
+func compile(ctx context.Context, work, name string, text []byte) ([]byte, error) {
+	source, binary := filepath.Join(work, name+".c"), filepath.Join(work, name)
+	if err := os.WriteFile(source, text, 0o644); err != nil {
 		return nil, err
 	}
 	if _, err := run(ctx, "", "gcc", "-static", "-Os", "-s", "-Wall", "-Wextra", "-Werror", "-o", binary, source); err != nil {
@@ -230,18 +230,21 @@ func compileProgram(ctx context.Context, work string) ([]byte, error) {
 }
 
 // makeDisk makes the template with a fixed UUID and hash seed, so that two
-// templates differ only in their time stamps.
-func makeDisk(ctx context.Context, path string) error {
+// templates differ only in their time stamps. options are more of mkfs.ext4's.
+func makeDisk(ctx context.Context, path string, size int64, options ...string) error {
 	const id = "f7000000-0000-4000-8000-000000000001"
 	if err := os.WriteFile(path, nil, 0o644); err != nil {
 		return err
 	}
-	if err := os.Truncate(path, DiskSize); err != nil {
+	if err := os.Truncate(path, size); err != nil {
 		return err
 	}
 	// Without lazy initialisation no kernel thread writes behind the tests.
-	_, err := run(ctx, "", "mkfs.ext4", "-q", "-F", "-L", "ftdata", "-U", id, "-b", "4096", "-J", "size=4",
-		"-E", "hash_seed="+id+",lazy_itable_init=0,lazy_journal_init=0", path)
+	args := append([]string{
+		"-q", "-F", "-L", "ftdata", "-U", id, "-b", "4096", "-J", "size=4",
+		"-E", "hash_seed=" + id + ",lazy_itable_init=0,lazy_journal_init=0",
+	}, options...)
+	_, err := run(ctx, "", "mkfs.ext4", append(args, path)...)
 	return err
 }
 
@@ -260,12 +263,7 @@ func initramfs(busybox, program []byte, modules []module) []byte {
 		order.WriteString(m.file() + "\n")
 	}
 	archive.file("lib/modules/order", 0o644, []byte(order.String()))
-
-	var compressed bytes.Buffer
-	z, _ := gzip.NewWriterLevel(&compressed, gzip.BestCompression) // the level is valid
-	_, _ = z.Write(archive.bytes())                                // a buffer never fails
-	_ = z.Close()
-	return compressed.Bytes()
+	return compress(archive)
 }
 
 // lockFile takes an exclusive lock, polling so that ctx can end the wait.

@@ -24,6 +24,7 @@ const (
 	PortControl = 8
 	PortHash    = 9
 	PortLedger  = 10
+	PortShell   = 11 // of a guest of BuildBench
 )
 
 // ReadyMessage starts the console line that the guest prints once its ports

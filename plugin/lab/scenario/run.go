@@ -41,9 +41,18 @@ type Options struct {
 	Rounds int
 	// Only, if not nil, selects the cases of the faults by their names.
 	Only *regexp.Regexp
-	// Seed and Length are what chaos is made of and how long it lasts.
+	// Seed and Length are what chaos is made of and how long it lasts, and for how
+	// long the benchmark's guests work; 0 is as long as is usual.
 	Seed   uint64
 	Length time.Duration
+	// Quick, Parts, Sources and Report are of the benchmark: whether it is the
+	// short one, which parts of it to run, all if none is named, the C files that
+	// its guest compiles, and where tables, JSON and plots go.
+	Quick           bool
+	Parts           []string
+	Sources, Report string
+	// COLO has an older QEMU, as unpacked from Debian's packages.
+	COLO string
 	// Out takes what people read.
 	Out io.Writer
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command ftvirt-scenario runs 'make demo', 'make test-real', 'make test-security',
-// 'make test-faults', 'make chaos' and the soak runs, each in a lab of its own.
+// 'make test-faults', 'make chaos', 'make bench' and the soak runs, each in a lab of
+// its own.
 package main
 
 import (
@@ -60,7 +61,8 @@ func app() *cli.App {
 			}
 			err = run(c.Context, scenario.Options{
 				Name: c.String("name"), Bin: c.String("bin"), GuestDir: c.String("guest"), DebianDir: c.String("debian"), Evidence: c.String("evidence"),
-				Logs: c.Bool("logs"), Keep: c.Bool("keep"), Rounds: c.Int("n"), Only: only, Seed: c.Uint64("seed"), Length: c.Duration("length"), Out: c.App.Writer,
+				Logs: c.Bool("logs"), Keep: c.Bool("keep"), Rounds: c.Int("n"), Only: only, Seed: c.Uint64("seed"), Length: c.Duration("length"),
+				Quick: c.Bool("quick"), Parts: c.StringSlice("part"), Sources: c.String("sources"), Report: c.String("report"), COLO: c.String("colo"), Out: c.App.Writer,
 			})
 			if err != nil {
 				return fmt.Errorf("%w: %w", errReported, err)
@@ -84,6 +86,13 @@ func app() *cli.App {
 			command("chaos", "let things go wrong at random on three hosts", scenario.Chaos,
 				&cli.Uint64Flag{Name: "seed", Usage: "the `NUMBER` that the faults follow from", Value: 1},
 				&cli.DurationFlag{Name: "length", Usage: "how long `TIME` faults happen", Value: 5 * time.Minute}),
+			command("bench", "measure what protection costs", scenario.Bench,
+				&cli.BoolFlag{Name: "quick", Usage: "fewer works, configurations and rounds"},
+				&cli.DurationFlag{Name: "length", Usage: "begin no round of works after this `TIME`"},
+				&cli.StringSliceFlag{Name: "part", Usage: "only this `PART`"},
+				&cli.StringFlag{Name: "sources", Usage: "`DIRECTORY` of the C files that the guest compiles", Value: "plugin/qemu"},
+				&cli.StringFlag{Name: "colo", Usage: "`DIRECTORY` of a QEMU whose COLO works", Value: "build/tools/qemu-colo"},
+				&cli.StringFlag{Name: "report", Usage: "`DIRECTORY` for tables, JSON and plots", Value: "build/bench"}),
 		},
 	}
 }
