@@ -18,6 +18,7 @@
 # make test-security    attack a protected guest (root); part of make test
 # make test-faults [ONLY=REGEXP]    fill disks, starve and stop processes, damage files
 #                       of a protected guest's hosts, 15 minutes (root)
+# make test-session     protect a guest of an ordinary user's libvirt, qemu:///session (root)
 # make soak-failover N=20    kill the primary again and again (root)
 # make soak-crash N=10       crash the primary's host again and again (root)
 # make soak-clone N=200      make and discard backups again and again (root)
@@ -181,6 +182,9 @@ $(OCF):
 	dpkg-deb -x $@.tmp/resource-agents_*.deb $@.tmp
 	rm $@.tmp/*.deb
 	mv $@.tmp $@
+
+test-session: build build/guest
+	contrib/session/test.sh bin "$$(ls -td build/guest/*/ | head -1)"
 
 # They say themselves what failed, and keep the logs in build/evidence.
 test-real: build/debian
