@@ -78,7 +78,7 @@ func pause(t *testing.T, d time.Duration) {
 	}
 }
 
-func tool(t *testing.T, name string, args ...string) string {
+func tool(t *testing.T, name string, args ...string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
@@ -86,7 +86,6 @@ func tool(t *testing.T, name string, args ...string) string {
 	if err != nil {
 		t.Fatalf("%s %v: %v: %s", name, args, err, out)
 	}
-	return string(out)
 }
 
 // copyOver copies an image into the replica behind an NBD socket, as a mirror

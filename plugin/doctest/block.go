@@ -99,8 +99,8 @@ func Blocks(file, text string) ([]Block, error) {
 		pending *Block
 		section = path.Base(file)
 	)
-	fail := func(line int, format string, args ...any) ([]Block, error) {
-		return nil, fmt.Errorf("%w: %s:%d: %s", ErrDocument, file, line, fmt.Sprintf(format, args...))
+	fail := func(line int, format string, args ...any) error {
+		return fmt.Errorf("%w: %s:%d: %s", ErrDocument, file, line, fmt.Sprintf(format, args...))
 	}
 	n := 0
 	for line := range strings.Lines(text) {
@@ -109,7 +109,7 @@ func Blocks(file, text string) ([]Block, error) {
 		if open != nil {
 			if m := fence.FindStringSubmatch(line); m != nil && m[1] == indent && m[3] == "" {
 				if err := open.check(); err != nil {
-					return fail(open.Line, "%v", err)
+					return nil, fail(open.Line, "%v", err)
 				}
 				all = append(all, *open)
 				open = nil
@@ -120,11 +120,11 @@ func Blocks(file, text string) ([]Block, error) {
 		}
 		if m := directive.FindStringSubmatch(line); m != nil {
 			if pending != nil {
-				return fail(n, "two directives for one block")
+				return nil, fail(n, "two directives for one block")
 			}
 			pending = &Block{}
 			if err := pending.direct(m[1], m[2]); err != nil {
-				return fail(n, "%v", err)
+				return nil, fail(n, "%v", err)
 			}
 			continue
 		}
@@ -137,14 +137,14 @@ func Blocks(file, text string) ([]Block, error) {
 			continue
 		}
 		if pending != nil {
-			return fail(n, "a directive that no block follows")
+			return nil, fail(n, "a directive that no block follows")
 		}
 		if m := heading.FindStringSubmatch(line); m != nil {
 			section = m[1]
 		}
 	}
 	if open != nil {
-		return fail(open.Line, "the block does not end")
+		return nil, fail(open.Line, "the block does not end")
 	}
 	return all, nil
 }

@@ -86,13 +86,10 @@ func command(ctx context.Context, name string, args ...string) error {
 // earlier run with packages that want the same.
 func makeBase(ctx context.Context, o Options, packages []string) (root string, err error) {
 	root = filepath.Join(o.Dir, "base-"+o.Suite)
-	out, err := exec.CommandContext(ctx, "dpkg-deb", "-f", packages[0]).Output()
-	if err != nil {
-		return "", fmt.Errorf("dpkg-deb: %w", err)
-	}
 	key := baseScript
 	for _, p := range packages {
-		if out, err = exec.CommandContext(ctx, "dpkg-deb", "-f", p, "Depends", "Recommends").Output(); err != nil {
+		out, err := exec.CommandContext(ctx, "dpkg-deb", "-f", p, "Depends", "Recommends").Output()
+		if err != nil {
 			return "", fmt.Errorf("dpkg-deb -f %s: %w", p, err)
 		}
 		key += string(out)

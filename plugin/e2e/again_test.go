@@ -41,7 +41,7 @@ func TestRedundancyComesBack(t *testing.T) {
 	epoch = again(t, b, vm, hostb, hosta, epoch)
 	alive(t, traffic, killed)
 	// This host has no replica, but the disk from when the domain ran there.
-	resynced(t, b, vm, hostb, hosta)
+	resynced(t, b, vm, hostb)
 
 	out, err := hostb.Exec(t.Context(), lab.BinDir+"/ftvirt", "failover", "--test", vm.Name)
 	must(t, err)
@@ -52,7 +52,7 @@ func TestRedundancyComesBack(t *testing.T) {
 	must(t, err)
 	epoch = again(t, b, vm, hosta, hostb, epoch)
 	// Its replica stayed, and was brought up to date.
-	resynced(t, b, vm, hosta, hostb)
+	resynced(t, b, vm, hosta)
 
 	_, err = hosta.Exec(t.Context(), lab.BinDir+"/ftvirt", "suspend", vm.Name)
 	must(t, err)
@@ -89,7 +89,7 @@ func TestRedundancyComesBack(t *testing.T) {
 
 // resynced demands that the newest clone did not send all of the disk, and that both
 // sides are equal all the same.
-func resynced(t *testing.T, b *scenario.Bed, vm *scenario.VM, primary, backup *lab.Host) {
+func resynced(t *testing.T, b *scenario.Bed, vm *scenario.VM, primary *lab.Host) {
 	t.Helper()
 	s, err := b.Agent(primary).StatusOf(t.Context(), vm.Name)
 	must(t, err)
