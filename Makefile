@@ -62,6 +62,9 @@ COLO = build/tools/qemu-colo
 NFPM_VERSION = v2.45.0
 NFPM = build/tools/nfpm-$(NFPM_VERSION)
 VERSION = 0.1.0
+# Who builds packages answers for them: as for Debian's own tools by these two
+# variables, else the author of the last commit.
+MAINTAINER = $(if $(DEBEMAIL),$(DEBFULLNAME) <$(DEBEMAIL)>,$(shell git log -1 --format='%an <%ae>'))
 PACKAGES = ftvirt ftvirt-agent ftvirt-qemu-plugin
 GOVULNCHECK_VERSION = v1.1.4
 GOVULNCHECK = build/tools/govulncheck-$(GOVULNCHECK_VERSION)
@@ -93,7 +96,7 @@ docs: deps
 	install -m 0644 contrib/man/* build/docs
 
 package = for package in $(PACKAGES); do \
-	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) VERSION=$(1) \
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) VERSION=$(1) MAINTAINER='$(MAINTAINER)' \
 		$(NFPM) package -p deb -f "contrib/debian/$$package.yaml" -t $(2); done
 
 # The same commit gives the same packages: no path and no time of the build.
@@ -104,7 +107,7 @@ deb: build docs $(NFPM)
 	CGO_ENABLED=0 $(GO) build -trimpath -buildmode=pie -ldflags '-s -w' -o build/deb/ftvirt-hook ./hooks/cmd/ftvirt-hook
 	strip --strip-unneeded -o build/deb/ftvirt.so bin/ftvirt.so
 	for page in build/docs/*.[0-9]; do gzip -9nc "$$page" >"build/deb/$${page##*/}.gz"; done
-	sed '1s/(.*)/($(VERSION))/' contrib/debian/changelog | gzip -9n >build/deb/changelog.gz
+	sed '1s/(.*)/($(VERSION))/; s|MAINTAINER|$(MAINTAINER)|' contrib/debian/changelog | gzip -9n >build/deb/changelog.gz
 	contrib/debian/third-party.sh build/deb/ftvirt build/deb/ftvirt-hook | gzip -9n >build/deb/third-party.gz
 	$(call package,$(VERSION),build/deb)
 
