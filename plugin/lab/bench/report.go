@@ -22,6 +22,8 @@ type Report struct {
 	Measurements []*Measurement `json:"measurements"`
 	Comparisons  []Comparison   `json:"comparisons"`
 	Targets      []Target       `json:"targets"`
+	// Lost tells why each pair was lost that nobody wanted to lose.
+	Lost []string `json:"lost,omitempty"`
 }
 
 // Comparison is how fast one configuration is, compared with another.
@@ -213,6 +215,9 @@ func (r *Report) WriteTables(w io.Writer) error {
 	}
 	for i, n := range notes {
 		_, _ = fmt.Fprintf(w, "[%d] %s\n", i+1, n)
+	}
+	for _, why := range r.Lost {
+		_, _ = fmt.Fprintf(w, "lost: %s\n", why)
 	}
 	return nil
 }

@@ -350,6 +350,7 @@ func (b *benchmark) compare() {
 	r.AtMost(lagName+", median", millisUnit, 20, lags.Median())
 	r.AtMost(lagName+", p99", millisUnit, 100, lags.Quantile(0.99))
 	r.AtMost(replyName+", median", millisUnit, 200, r.Figures(replyName, configProtected).Median())
+	r.AtMost(lostName, "", 0, float64(len(r.Lost)))
 	b.judgeCOLO()
 	b.judgePairs()
 }

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"ftvirt.org/ftvirt/plugin"
 	"ftvirt.org/ftvirt/plugin/agent/client"
 	"ftvirt.org/ftvirt/plugin/lab"
 	"ftvirt.org/ftvirt/plugin/lab/bench"
@@ -102,6 +103,9 @@ type meter struct {
 	wire         uint64 // bytes that the primary's host sent on the logging network
 	log          uint64 // bytes of the log
 	instructions uint64
+	epoch        plugin.Epoch
+	state        string
+	reason       string
 }
 
 func (b *benchmark) meter(ctx context.Context, h *lab.Host, vm *VM) (meter, error) {
@@ -110,7 +114,7 @@ func (b *benchmark) meter(ctx context.Context, h *lab.Host, vm *VM) (meter, erro
 		return meter{}, err
 	}
 	s, err := b.Agent(h).StatusOf(ctx, vm.Name)
-	return meter{time.Now(), wire, uint64(s.Position), s.Instructions}, err
+	return meter{time.Now(), wire, uint64(s.Position), s.Instructions, s.Epoch, s.State, s.Reason}, err
 }
 
 // since gives what came after an earlier instant.

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"ftvirt.org/ftvirt/plugin/agent/client"
 	"ftvirt.org/ftvirt/plugin/lab"
 	"ftvirt.org/ftvirt/plugin/lab/bench"
 	"ftvirt.org/ftvirt/plugin/lab/guest"
@@ -282,6 +283,11 @@ func (b *benchmark) measure(ctx context.Context, w work, subjects []subject) err
 			continue
 		}
 		value, err := b.once(ctx, w, s)
+		if errors.Is(err, errPairLost) {
+			if err = b.mend(ctx, s.pair, fmt.Errorf("%s: %w", w.name, err)); err == nil {
+				value, err = b.once(ctx, w, s)
+			}
+		}
 		switch {
 		case err == nil && w.unit != "":
 			b.report.Add(w.name, s.config, w.unit, w.rate, value)
@@ -327,8 +333,44 @@ func (b *benchmark) once(ctx context.Context, w work, s subject) (value float64,
 		return 0, err
 	}
 	after, err := b.meter(ctx, primary, s.pair)
-	if err == nil {
-		b.addLog(w.name, after.since(before))
+	if err != nil {
+		return 0, err
 	}
-	return value, err
+	// What a guest does that is protected no more is no figure of protection.
+	if after.state != stateProtected || after.epoch != before.epoch {
+		return 0, fmt.Errorf("%w: state %s, reason %s, epoch %d after %d", errPairLost, after.state, after.reason, after.epoch, before.epoch)
+	}
+	b.addLog(w.name, after.since(before))
+	return value, nil
+}
+
+// errPairLost is returned when a guest was not protected for as long as it
+// worked.
+var errPairLost = errors.New("the pair was lost")
+
+// lostName counts the pairs that were lost without anyone wanting it.
+const lostName = "pairs lost"
+
+// mend notes that the pair was lost, keeps the logs, and makes another.
+func (b *benchmark) mend(ctx context.Context, vm *VM, why error) error {
+	b.say("%v", why)
+	b.report.Lost = append(b.report.Lost, oneLine(why))
+	b.keepEvidence(ctx, "bench-pair-lost")
+	hosta, hostb := b.Pair()
+	if _, err := hosta.Virsh(ctx, "resume", vm.Name); err != nil {
+		return err
+	}
+	if _, err := b.Wait(ctx, hosta, vm.Name, "the loss of the pair to be settled", removeTimeout, func(s client.Status) (bool, error) {
+		return s.State == stateLive || s.State == stateUnprotected, nil
+	}); err != nil {
+		return err
+	}
+	if err := b.WaitGone(ctx, hostb, vm.Name); err != nil {
+		return err
+	}
+	if _, err := b.protectPinned(ctx, vm, hosta, hostb); err != nil {
+		return err
+	}
+	_, err := hosta.Virsh(ctx, "suspend", vm.Name)
+	return err
 }
