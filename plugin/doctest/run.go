@@ -33,7 +33,7 @@ const (
 // Time limits of a block, of what a block waits for before, and of a console to
 // show what the document shows: a reader looks again.
 const (
-	blockTimeout   = 4 * time.Minute
+	blockTimeout   = 8 * time.Minute
 	protectTimeout = 2 * time.Minute
 	lookTimeout    = time.Minute
 )
