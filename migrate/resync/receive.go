@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -68,10 +67,7 @@ const maxLook = 1 << 20
 
 func (r *receiver) requests(ctx context.Context) error {
 	for {
-		head, err := readRequest(r.peer.r)
-		if errors.Is(err, io.EOF) {
-			head, err = request{kind: cmdDisconnect}, nil // as good
-		}
+		head, err := r.peer.next()
 		if err != nil {
 			return err
 		}
@@ -79,7 +75,6 @@ func (r *receiver) requests(ctx context.Context) error {
 		var data []byte
 		switch q.kind {
 		case cmdDisconnect:
-			r.peer.left.Store(true)
 			r.qemu.push(q.encode())
 			return nil
 		case cmdCompare:
@@ -105,9 +100,8 @@ func (r *receiver) requests(ctx context.Context) error {
 			return err
 		}
 		if q.kind == cmdWrite {
-			data = make([]byte, q.length)
-			if _, err := io.ReadFull(r.peer.r, data); err != nil {
-				return cut(err)
+			if data, err = r.peer.data(q.length); err != nil {
+				return err
 			}
 		}
 		r.mu.Lock()
@@ -141,9 +135,8 @@ func (r *receiver) replies(context.Context) error {
 		}
 		var data []byte
 		if head.code == 0 && (q.kind == cmdRead || q.kind == cmdCompare && !q.seeded || q.zeroes) {
-			data = make([]byte, q.length)
-			if _, err := io.ReadFull(r.qemu.r, data); err != nil {
-				return cut(err)
+			if data, err = r.qemu.data(q.length); err != nil {
+				return err
 			}
 		}
 		switch {

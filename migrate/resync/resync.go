@@ -75,6 +75,27 @@ func newConn(c net.Conn) *conn {
 	return q
 }
 
+// next reads a request. The end of the connection is as good as the request for it.
+func (c *conn) next() (request, error) {
+	r, err := readRequest(c.r)
+	if errors.Is(err, io.EOF) {
+		r, err = request{kind: cmdDisconnect}, nil
+	}
+	if err == nil && r.kind == cmdDisconnect {
+		c.left.Store(true)
+	}
+	return r, err
+}
+
+// data reads what comes with a request or a reply.
+func (c *conn) data(length uint32) ([]byte, error) {
+	p := make([]byte, length)
+	if _, err := io.ReadFull(c.r, p); err != nil {
+		return nil, cut(err)
+	}
+	return p, nil
+}
+
 // push queues what is to be written. The windows of both sides bound that; who
 // reads nothing and asks for more is left.
 func (c *conn) push(parts ...[]byte) {
@@ -224,10 +245,7 @@ type sender struct {
 
 func (s *sender) requests(ctx context.Context) error {
 	for {
-		r, err := readRequest(s.qemu.r)
-		if errors.Is(err, io.EOF) {
-			r, err = request{kind: cmdDisconnect}, nil // as good
-		}
+		r, err := s.qemu.next()
 		if err != nil {
 			return err
 		}
@@ -235,7 +253,6 @@ func (s *sender) requests(ctx context.Context) error {
 		var data []byte
 		switch r.kind {
 		case cmdDisconnect:
-			s.qemu.left.Store(true)
 			s.peer.push(r.encode())
 			return nil
 		case cmdWrite:
@@ -248,9 +265,8 @@ func (s *sender) requests(ctx context.Context) error {
 			return err
 		}
 		if r.kind == cmdWrite {
-			data = make([]byte, r.length)
-			if _, err := io.ReadFull(s.qemu.r, data); err != nil {
-				return cut(err)
+			if data, err = s.qemu.data(r.length); err != nil {
+				return err
 			}
 		}
 		if r.kind == cmdWrite && r.length >= Chunk && r.flags == 0 {
@@ -327,9 +343,8 @@ func (s *sender) replies(context.Context) error {
 		}
 		var data []byte
 		if p.kind == cmdRead && r.code == 0 {
-			data = make([]byte, p.length)
-			if _, err := io.ReadFull(s.peer.r, data); err != nil {
-				return cut(err)
+			if data, err = s.peer.data(p.length); err != nil {
+				return err
 			}
 		}
 		if p.kind == cmdCompare && r.code == 0 {

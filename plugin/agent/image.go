@@ -15,12 +15,26 @@ import (
 	"sort"
 	"strings"
 
+	"libvirt.org/go/libvirtxml"
+
 	"ftvirt.org/ftvirt/hooks"
 )
 
 // image is a disk of a domain on this host.
 type image struct {
 	target, path, format string
+}
+
+// imageOf finds the image of a disk that has a target and a source.
+func imageOf(x libvirtxml.DomainDisk) (image, bool) {
+	if x.Target == nil || x.Source == nil || x.Source.File == nil {
+		return image{}, false
+	}
+	i := image{target: x.Target.Dev, path: x.Source.File.File, format: "raw"}
+	if x.Driver != nil && x.Driver.Type != "" {
+		i.format = x.Driver.Type
+	}
+	return i, true
 }
 
 // images gives the replicated disks of this host's copy.
@@ -39,13 +53,9 @@ func (d *domain) images(ctx context.Context) ([]image, error) {
 			if x.Target == nil || x.Target.Dev != n.Target || x.Source == nil {
 				continue
 			}
-			i := image{target: n.Target, format: "raw"}
-			if x.Source.File == nil {
+			i, ok := imageOf(x)
+			if !ok {
 				return nil, fmt.Errorf("disk %s is not in a file", n.Target)
-			}
-			i.path = x.Source.File.File
-			if x.Driver != nil && x.Driver.Type != "" {
-				i.format = x.Driver.Type
 			}
 			list = append(list, i)
 		}

@@ -29,12 +29,9 @@ func (d *domain) seed(ctx context.Context, disk migrate.Disk) migrate.Seed {
 		return nil
 	}
 	for _, x := range dom.Devices.Disks {
-		if x.Target == nil || x.Target.Dev != disk.Target || x.Source == nil || x.Source.File == nil {
+		i, ok := imageOf(x)
+		if !ok || i.target != disk.Target {
 			continue
-		}
-		i := image{target: disk.Target, path: x.Source.File.File, format: "raw"}
-		if x.Driver != nil && x.Driver.Type != "" {
-			i.format = x.Driver.Type
 		}
 		c, err := i.open(ctx)
 		if err != nil {
