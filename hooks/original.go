@@ -27,11 +27,9 @@ const (
 func encodeOriginal(dom *libvirtxml.Domain) (string, error) {
 	noted := *dom
 	noted.Metadata = nil
-	if dom.Devices != nil {
-		list := *dom.Devices
-		list.Graphics = withoutPasswords(list.Graphics)
-		noted.Devices = &list
-	}
+	list := *devices(dom) // there is always one in what is made ready
+	list.Graphics = withoutPasswords(list.Graphics)
+	noted.Devices = &list
 	text, err := noted.Marshal()
 	if err != nil {
 		return "", fmt.Errorf("note domain %s: %w", dom.Name, err)

@@ -31,6 +31,9 @@ var (
 	ErrDisk    = errors.New("a disk could not be copied")
 	ErrMemory  = errors.New("the memory could not be copied")
 	ErrSwitch  = errors.New("the domain did not begin to record")
+	// ErrRevert comes with one of the others: the domain may stand still, or be
+	// copied yet. CleanUp has to be tried until it succeeds.
+	ErrRevert = errors.New("the domain could not be left as it was")
 	// ErrAfterSwitch: the primary records already, so that the arbiter must
 	// be asked before it goes on alone.
 	ErrAfterSwitch = errors.New("the backup failed after the primary began to record")
@@ -188,8 +191,9 @@ func (s *Source) sizes(ctx context.Context, id plugin.UUID) (map[string]int64, e
 	return sizes, nil
 }
 
-// Clone makes the backup. On an error that does not wrap ErrAfterSwitch the
-// domain runs as before, unprotected, and nothing of it is left on the peer.
+// Clone makes the backup. On an error that wraps neither ErrAfterSwitch nor
+// ErrRevert the domain runs as before, unprotected, and nothing of it is left on
+// the peer.
 // It returns how long the guest was stopped.
 func (s *Source) Clone(ctx context.Context, o Options) (pause time.Duration, err error) {
 	c := &clone{Source: s, o: o}
@@ -206,7 +210,7 @@ func (s *Source) Clone(ctx context.Context, o Options) (pause time.Duration, err
 		if err != nil && !c.switched {
 			err = errors.Join(err, c.revert(clean))
 		}
-		c.cleanup(clean)
+		c.cleanup()
 	}()
 	if err := c.prepare(ctx); err != nil {
 		return 0, fmt.Errorf("%w: %w", ErrPrepare, err)
@@ -243,7 +247,6 @@ type clone struct {
 	nodes     []string // target nodes to delete
 	jobs      []string // mirror jobs that run
 	prepared  bool
-	migrating bool
 	switched  bool
 }
 
@@ -342,8 +345,9 @@ func (c *clone) copyDisks(ctx context.Context) error {
 		c.nodes = append(c.nodes, name)
 		err = c.monitor(ctx, "blockdev-mirror", map[string]any{
 			"job-id": name, "device": d.Root, "target": name, "sync": "full",
-			"copy-mode": "write-blocking", "filter-node-name": name + "-filter",
-			"on-source-error": "report", "on-target-error": "report",
+			"copy-mode": "write-blocking", "filter-node-name": name + filterSuffix,
+			// An error must not end it; see stop.
+			"on-source-error": "stop", "on-target-error": "stop",
 			"speed": speed,
 		}, nil)
 		if err != nil {
@@ -360,6 +364,20 @@ type blockJob struct {
 	Offset int64  `json:"offset"`
 	Ready  bool   `json:"ready"`
 	Synced bool   `json:"actively-synced"`
+	Status string `json:"io-status"` // ok, failed, nospace
+}
+
+// err tells why a job, which exists or not, copies no longer.
+func (j blockJob) err(target string, exists bool) error {
+	switch {
+	case !exists:
+		return fmt.Errorf("%s: the copy ended early", target)
+	case j.Status == "nospace":
+		return fmt.Errorf("%s: there is no room for the copy on the peer", target)
+	case j.Status == "failed":
+		return fmt.Errorf("%s: the copy met an error; the peer, or the connection to it, may have failed", target)
+	}
+	return nil
 }
 
 func (c *clone) blockJobs(ctx context.Context) (map[string]blockJob, error) {
@@ -386,8 +404,8 @@ func (c *clone) disksReady(ctx context.Context) (bool, error) {
 	ready := true
 	for i, name := range c.jobs {
 		j, ok := jobs[name]
-		if !ok {
-			return false, fmt.Errorf("%s: the copy ended early; is there room on the peer?", c.disks[i].Target)
+		if err := j.err(c.disks[i].Target, ok); err != nil {
+			return false, err
 		}
 		p.Transferred += j.Offset
 		p.Remaining += j.Len - j.Offset
@@ -414,6 +432,9 @@ func (c *clone) copyMemory(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := c.migrationOver(ctx); err != nil {
+		return err
+	}
 	caps := []map[string]any{{"capability": "pause-before-switchover", "state": true}}
 	if err := c.monitor(ctx, "migrate-set-capabilities", map[string]any{"capabilities": caps}, nil); err != nil {
 		return err
@@ -427,7 +448,6 @@ func (c *clone) copyMemory(ctx context.Context) error {
 	if err := c.Plugin.Arm(c.o.Epoch); err != nil {
 		return err
 	}
-	c.migrating = true
 	if err := c.monitor(ctx, "migrate", map[string]any{"uri": "unix:" + path}, nil); err != nil {
 		return err
 	}
@@ -469,9 +489,9 @@ func (c *clone) switchOver(ctx context.Context) (time.Duration, error) {
 			return true, nil
 		}
 		jobs, err := c.blockJobs(ctx)
-		for _, name := range c.jobs {
-			if _, runs := jobs[name]; runs {
-				return false, err
+		for i, name := range c.jobs {
+			if j, runs := jobs[name]; runs {
+				return false, j.err(c.disks[i].Target, true)
 			}
 		}
 		return err == nil, err
@@ -519,97 +539,154 @@ func (c *clone) deleteNodes(ctx context.Context) error {
 
 // revert undoes an unfinished clone; the guest runs on.
 func (c *clone) revert(ctx context.Context) error {
-	var errs []error
-	if c.migrating {
-		errs = append(errs, c.Plugin.Disarm())
-	}
+	local := c.Plugin.Disarm()
 	c.cancel() // see Clone
-	if c.migrating {
-		errs = append(errs, c.cancelMigration(ctx)) // QEMU resumes the guest by itself
+	if local = errors.Join(local, CleanUp(ctx, c.Local, c.o.Domain)); local != nil {
+		local = fmt.Errorf("%w: %w", ErrRevert, local)
 	}
-	errs = append(errs, c.cancelJobs(ctx))
-	if c.prepared {
-		if err := c.Peer.Call(ctx, MethodDiscard, EpochRequest{c.o.Epoch}, nil); err != nil {
-			errs = append(errs, err)
-		}
+	if !c.prepared {
+		return local
 	}
-	return errors.Join(errs...)
+	return errors.Join(local, c.Peer.Call(ctx, MethodDiscard, EpochRequest{c.o.Epoch}, nil))
 }
 
-// CleanUp ends what an interrupted Source left in a domain's QEMU, so that it
-// runs, alone, and can be cloned again. It is for domains that nobody clones.
+// CleanUp ends what an unfinished clone left in a domain's QEMU, so that it runs,
+// alone, and can be cloned again. It asks QEMU what there is: an agent may have
+// died, and libvirt not have told the end of a command.
 func CleanUp(ctx context.Context, local Monitor, id plugin.UUID) error {
 	c := &clone{Source: &Source{Local: local}, o: Options{Domain: id}}
-	var m migration
-	if err := c.monitor(ctx, "query-migrate", nil, &m); err != nil {
+	if err := c.cancelMigration(ctx); err != nil {
 		return err
 	}
-	var errs []error
-	switch m.Status {
-	case "setup", "active", "pre-switchover", "device", "cancelling":
-		errs = append(errs, c.cancelMigration(ctx))
+	var nodes []struct {
+		NodeName string `json:"node-name"`
+	}
+	if err := c.monitor(ctx, "query-named-block-nodes", map[string]any{"flat": true}, &nodes); err != nil {
+		return err
+	}
+	stopped := false
+	for _, n := range nodes {
+		switch {
+		case n.NodeName == stopNode:
+			stopped = true
+		case strings.HasPrefix(n.NodeName, seedPrefix) && !strings.HasSuffix(n.NodeName, filterSuffix):
+			c.nodes = append(c.nodes, n.NodeName)
+		}
 	}
 	jobs, err := c.blockJobs(ctx)
 	if err != nil {
-		return errors.Join(append(errs, err)...)
+		return err
 	}
 	for name := range jobs {
 		if strings.HasPrefix(name, seedPrefix) {
 			c.jobs = append(c.jobs, name)
 		}
 	}
-	errs = append(errs, c.cancelJobs(ctx))
-	var nodes []struct {
-		NodeName string `json:"node-name"`
-	}
-	if err := c.monitor(ctx, "query-named-block-nodes", map[string]any{"flat": true}, &nodes); err != nil {
-		return errors.Join(append(errs, err)...)
-	}
-	for _, n := range nodes {
-		if strings.HasPrefix(n.NodeName, seedPrefix) {
-			c.nodes = append(c.nodes, n.NodeName)
+	if len(c.jobs) > 0 {
+		if stopped, err = c.stop(ctx, stopped); err == nil {
+			err = c.cancelJobs(ctx)
+		}
+		if err != nil {
+			return err
 		}
 	}
-	errs = append(errs, c.deleteNodes(ctx))
-	return errors.Join(errs...)
+	if stopped {
+		if err := c.resume(ctx); err != nil {
+			return err
+		}
+	}
+	return c.deleteNodes(ctx)
 }
 
 // seedPrefix begins the names of jobs and nodes that copy disks.
 const seedPrefix = "ftvirt-seed-"
 
+// filterSuffix ends the names of nodes that come and go with a job.
+const filterSuffix = "-filter"
+
+// stopNode is a block node that does nothing but tell, in QEMU itself, that it
+// was us who stopped the guest: an agent that comes after us resumes it.
+const stopNode = seedPrefix + "stop"
+
+// stop stops the guest if it runs, and tells whether it was us who did, now or
+// before. While the copies of disks end it must not run: QEMU (10.0,
+// block/mirror.c, mirror_run at immediate_exit) frees what a write to both disks
+// still uses when the mirror ends under it, be it cancelled or by an error. A stop
+// lets all writes finish.
+func (c *clone) stop(ctx context.Context, before bool) (bool, error) {
+	var status struct {
+		Running bool `json:"running"`
+	}
+	if err := c.monitor(ctx, "query-status", nil, &status); err != nil || !status.Running {
+		return before, err
+	}
+	if !before {
+		err := c.monitor(ctx, "blockdev-add", map[string]any{"driver": "null-co", "node-name": stopNode}, nil)
+		if err != nil {
+			return false, err
+		}
+	}
+	return true, c.monitor(ctx, "stop", nil, nil)
+}
+
 // cancelJobs ends the copies of disks, unfinished.
 func (c *clone) cancelJobs(ctx context.Context) error {
-	var errs []error
+	var errs []error // of no interest once the jobs are gone
 	for _, name := range c.jobs {
 		errs = append(errs, c.monitor(ctx, "block-job-cancel", map[string]any{"device": name, "force": true}, nil))
 	}
-	if len(c.jobs) == 0 {
-		return nil
-	}
-	return errors.Join(append(errs, c.poll(ctx, pollSlow, func(ctx context.Context) (bool, error) {
+	return c.poll(ctx, pollFast, func(ctx context.Context) (bool, error) {
 		jobs, err := c.blockJobs(ctx)
 		for _, name := range c.jobs {
 			if _, runs := jobs[name]; runs {
+				return false, errors.Join(append(errs, err)...)
+			}
+		}
+		return err == nil, err
+	})
+}
+
+func (c *clone) resume(ctx context.Context) error {
+	if err := c.monitor(ctx, "cont", nil, nil); err != nil {
+		return err
+	}
+	return c.monitor(ctx, "blockdev-del", map[string]any{"node-name": stopNode}, nil)
+}
+
+func (c *clone) cancelMigration(ctx context.Context) error {
+	var m migration
+	if err := c.monitor(ctx, "query-migrate", nil, &m); err != nil {
+		return err
+	}
+	switch m.Status {
+	case "setup", "active", "pre-switchover", "device", "cancelling":
+		// QEMU resumes the guest by itself.
+		if err := c.monitor(ctx, "migrate_cancel", nil, nil); err != nil {
+			return err
+		}
+	}
+	return c.migrationOver(ctx)
+}
+
+// migrationOver waits for the end of a migration. It is not there yet when the
+// status says so: the guest may not run again, and QEMU (10.0) dies when the next
+// one begins before it has put the last away.
+func (c *clone) migrationOver(ctx context.Context) error {
+	return c.poll(ctx, pollFast, func(ctx context.Context) (bool, error) {
+		var instances []struct {
+			Type string `json:"type"`
+		}
+		err := c.monitor(ctx, "query-yank", nil, &instances)
+		for _, i := range instances {
+			if i.Type == "migration" {
 				return false, err
 			}
 		}
 		return err == nil, err
-	}))...)
-}
-
-func (c *clone) cancelMigration(ctx context.Context) error {
-	if err := c.monitor(ctx, "migrate_cancel", nil, nil); err != nil {
-		return err
-	}
-	return c.poll(ctx, pollSlow, func(ctx context.Context) (bool, error) {
-		var m migration
-		err := c.monitor(ctx, "query-migrate", nil, &m)
-		return m.Status == "cancelled" || m.Status == "failed" || m.Status == "completed" || m.Status == "", err
 	})
 }
 
-func (c *clone) cleanup(ctx context.Context) {
-	_ = c.deleteNodes(ctx) // left over from a clone that failed
+func (c *clone) cleanup() {
 	for _, l := range c.listeners {
 		_ = l.Close()
 	}

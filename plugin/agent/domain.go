@@ -210,20 +210,37 @@ func (d *domain) attach(ctx context.Context, v *vm) {
 	default:
 		d.welcome(v, h.Epoch, 0)
 		if p == nil && h.Mode == control.ModeIdle {
-			d.a.wg.Go(func() { d.cleanUp(ctx, v) })
+			d.adopting(func() { d.cleanUp(ctx, v) })
 		}
 	}
 }
 
-// cleanUp ends a clone that an earlier agent of this host had begun: the guest
-// may stand still in the middle of it.
+// cleanUp ends a clone that this agent, or an earlier one of this host, had begun:
+// the guest may stand still in the middle of it. It tries until libvirtd and QEMU
+// have done it, or there is no such QEMU any more.
 func (d *domain) cleanUp(ctx context.Context, v *vm) {
-	ctx, cancel := context.WithTimeout(ctx, removeTimeout)
-	defer cancel()
-	if err := errors.Join(v.Disarm(), migrate.CleanUp(ctx, d.a.virt, d.id)); err != nil {
-		d.a.log.Warn("cannot clean up after an interrupted clone", "domain", d.id, "error", err)
+	retry := time.NewTicker(cleanUpPeriod)
+	defer retry.Stop()
+	for {
+		try, cancel := context.WithTimeout(ctx, removeTimeout)
+		err := errors.Join(v.Disarm(), migrate.CleanUp(try, d.a.virt, d.id))
+		cancel()
+		if err == nil || errors.Is(err, virt.ErrNoDomain) {
+			return
+		}
+		d.a.log.Warn("cannot clean up after an interrupted clone", "domain", d.label(), "error", err)
+		select {
+		case <-retry.C:
+		case <-v.done:
+			return
+		case <-ctx.Done():
+			return
+		}
 	}
 }
+
+// cleanUpPeriod is between attempts to clean up.
+const cleanUpPeriod = 500 * time.Millisecond
 
 func (d *domain) welcome(v *vm, epoch plugin.Epoch, resume plugin.Position) {
 	if err := v.Welcome(epoch, resume); err != nil {

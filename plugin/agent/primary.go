@@ -63,8 +63,8 @@ type primary struct {
 }
 
 // startClone begins an epoch as its primary; the machine asked for it.
-func (d *domain) startClone(ctx context.Context, epoch plugin.Epoch, peer string) {
-	ctx, cancel := context.WithCancel(ctx)
+func (d *domain) startClone(agent context.Context, epoch plugin.Epoch, peer string) {
+	ctx, cancel := context.WithCancel(agent)
 	p := &primary{d: d, epoch: epoch, peer: peer, ctx: ctx, cancel: cancel, guard: d.ackGuard()}
 	p.cloning, p.abort = context.WithCancel(ctx)
 	d.mu.Lock()
@@ -91,6 +91,9 @@ func (d *domain) startClone(ctx context.Context, epoch plugin.Epoch, peer string
 			// The switch, if it came to it, is posted by p.watch before.
 			p.watch()
 			d.post(pair.Event{Kind: pair.EventCloneFailed, Epoch: epoch})
+		}
+		if errors.Is(err, migrate.ErrRevert) {
+			d.cleanUp(agent, v)
 		}
 		d.mu.Lock()
 		d.clones--
