@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"fmt"
+	"net/netip"
 	"os"
 	"time"
 
@@ -105,7 +106,15 @@ func (a *Agent) newDetector() (*detect.Service, error) {
 	cfg := detect.DefaultConfig()
 	cfg.Interval, cfg.Timeout = a.cfg.Heartbeat.Interval, a.cfg.Heartbeat.Timeout
 	cfg.Suspect = max(2*cfg.Interval, cfg.Timeout/2)
-	return detect.Listen(a.cfg.Heartbeat.Listen, cfg)
+	s, err := detect.Listen(a.cfg.Heartbeat.Listen, cfg)
+	if err != nil {
+		return nil, err
+	}
+	var refused channel.Complaints
+	s.Refused = func(from netip.Addr, err error) {
+		refused.Warn(a.log, from, "a heartbeat was refused", "from", from, "error", err)
+	}
+	return s, nil
 }
 
 // probe asks a peer what it runs, without naming a domain.

@@ -37,6 +37,10 @@ type conn interface {
 // Service sends and receives the heartbeats of all pairs of one agent through
 // one UDP socket. Heartbeats wait for nothing: neither for data nor for disks.
 type Service struct {
+	// Refused, if set before Run, is told of each heartbeat of a pair that is
+	// ErrForged or ErrReplayed. It must not block.
+	Refused func(from netip.Addr, err error)
+
 	cfg  Config
 	conn conn
 
@@ -158,7 +162,7 @@ func (s *Service) read(ctx context.Context) error {
 	buf := make([]byte, Size+1)
 	failures := 0
 	for {
-		n, _, err := s.conn.ReadFromUDPAddrPort(buf)
+		n, from, err := s.conn.ReadFromUDPAddrPort(buf)
 		switch {
 		case ctx.Err() != nil || errors.Is(err, net.ErrClosed):
 			return nil
@@ -170,14 +174,14 @@ func (s *Service) read(ctx context.Context) error {
 			continue
 		}
 		failures = 0
-		s.receive(buf[:n])
+		s.receive(buf[:n], from.Addr().Unmap())
 	}
 }
 
 // receive takes in one datagram. Whatever it is, the work is bounded: one look
 // at its head, one at the table of pairs and at most one hash, no allocation
 // for garbage and no line in a log.
-func (s *Service) receive(b []byte) {
+func (s *Service) receive(b []byte, from netip.Addr) {
 	d, err := Decode(b)
 	if err != nil {
 		s.stats.garbage.Add(1)
@@ -190,13 +194,18 @@ func (s *Service) receive(b []byte) {
 		s.stats.unknown.Add(1)
 		return
 	}
-	switch err := p.receive(b, d); {
+	err = p.receive(b, d)
+	switch {
 	case err == nil:
 		s.stats.received.Add(1)
+		return
 	case errors.Is(err, ErrForged):
 		s.stats.forged.Add(1)
 	default:
 		s.stats.replayed.Add(1)
+	}
+	if s.Refused != nil {
+		s.Refused(from, err)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -81,6 +82,7 @@ type side struct {
 	*Service
 	peer  *Peer
 	flags atomic.Uint32
+	told  []error // of what was refused
 }
 
 func (s *side) localFlags() Flags { return Flags(s.flags.Load()) }
@@ -93,6 +95,7 @@ func couple(t *testing.T, ca, cb conn) (a, b *side, stop func()) {
 	a, b = &side{Service: newService(ca, DefaultConfig())}, &side{Service: newService(cb, DefaultConfig())}
 	for _, s := range []struct{ me, other *side }{{a, b}, {b, a}} {
 		s.me.flags.Store(uint32(QEMUAlive))
+		s.me.Refused = func(_ netip.Addr, err error) { s.me.told = append(s.me.told, err) }
 		var err error
 		if s.me.peer, err = s.me.Register(testDomain, 1, s.other.Addr(), testKey, s.me.localFlags); err != nil {
 			t.Fatal(err)
@@ -249,6 +252,7 @@ func TestRefused(t *testing.T) {
 
 		inject := func(d []byte) Stats {
 			before := a.Stats()
+			a.told = nil
 			n.ports[a.Addr()].in <- d
 			synctest.Wait()
 			after := a.Stats()
@@ -268,18 +272,22 @@ func TestRefused(t *testing.T) {
 			name string
 			b    []byte
 			want Stats
+			told []error
 		}{
-			{"garbage", []byte("GET / HTTP/1.1"), Stats{Garbage: 1}},
-			{"empty", nil, Stats{Garbage: 1}},
-			{"long", append(sign(testKey, next), 0), Stats{Garbage: 1}},
-			{"other domain", sign(testKey, otherDomain), Stats{Unknown: 1}},
-			{"other epoch", sign(testKey, otherEpoch), Stats{Unknown: 1}},
-			{"other key", sign(bytes.ToUpper(testKey), next), Stats{Forged: 1}},
-			{"our own", sign(testKey, ours), Stats{Replayed: 1}},
-			{"seen before", sign(testKey, old), Stats{Replayed: 1}},
+			{"garbage", []byte("GET / HTTP/1.1"), Stats{Garbage: 1}, nil},
+			{"empty", nil, Stats{Garbage: 1}, nil},
+			{"long", append(sign(testKey, next), 0), Stats{Garbage: 1}, nil},
+			{"other domain", sign(testKey, otherDomain), Stats{Unknown: 1}, nil},
+			{"other epoch", sign(testKey, otherEpoch), Stats{Unknown: 1}, nil},
+			{"other key", sign(bytes.ToUpper(testKey), next), Stats{Forged: 1}, []error{ErrForged}},
+			{"our own", sign(testKey, ours), Stats{Replayed: 1}, []error{ErrReplayed}},
+			{"seen before", sign(testKey, old), Stats{Replayed: 1}, []error{ErrReplayed}},
 		} {
 			if got := inject(c.b); got != c.want {
 				t.Errorf("%s: %+v, want %+v", c.name, got, c.want)
+			}
+			if !slices.Equal(a.told, c.told) {
+				t.Errorf("%s: told of %v, want %v", c.name, a.told, c.told)
 			}
 			if got := a.peer.State().Liveness; got != Dead {
 				t.Fatalf("%s makes the peer %v", c.name, got)
@@ -355,7 +363,7 @@ func TestGarbageIsCheap(t *testing.T) {
 	reserved := bytes.Clone(forged)
 	reserved[6] = 1
 	for name, b := range map[string][]byte{"garbage": []byte("x"), "forged": forged, "reserved": reserved, "zeroes": make([]byte, Size)} {
-		if n := testing.AllocsPerRun(100, func() { s.receive(b) }); n > 0 {
+		if n := testing.AllocsPerRun(100, func() { s.receive(b, netip.Addr{}) }); n > 0 {
 			t.Errorf("%s costs %v allocations", name, n)
 		}
 	}

@@ -520,6 +520,14 @@ func (s *siege) defineHostile(ctx context.Context, h *lab.Host, name string) err
 // last is what ends the pair.
 func (s *siege) last() []attack {
 	return []attack{{"heartbeats of a dead host, said again", func(ctx context.Context) (string, error) {
+		lines := func() (int, error) {
+			text, err := s.b.AgentLog()
+			return strings.Count(text, `msg="a heartbeat was refused" from=`+s.c.LoggingAddr().String()+" "), err
+		}
+		earlier, err := lines()
+		if err != nil {
+			return "", err
+		}
 		replay, err := s.captured.replay(ctx, s.c, s.b)
 		if err != nil {
 			return "", err
@@ -540,6 +548,9 @@ func (s *siege) last() []attack {
 		}
 		if live > longestGap {
 			return "", fmt.Errorf("%w: the backup went live after %v only", ErrSecurity, live)
+		}
+		if told, err := lines(); err != nil || told == 0 || told > earlier+1 {
+			return "", breach(err, "%d lines about it in the log, %d of them from before, want one", told, earlier)
 		}
 		return fmt.Sprintf("%d were captured and said %d times; the backup went live %s ms after the crash", s.captured.count(), replay.count(), ms(live)), nil
 	}}}
