@@ -123,7 +123,7 @@ func setMetadata(dom *libvirtxml.Domain, space, text string) error {
 	if len(old) == 0 && text != "" {
 		body := strings.TrimRight(raw, " \t\r\n")
 		tail := raw[len(body):]
-		if tail == "" {
+		if body == "" || tail == "" {
 			tail = "\n  "
 		}
 		raw = body + "\n    " + text + tail
