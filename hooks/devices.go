@@ -86,7 +86,8 @@ const (
 var rules = []Rule{
 	// The domain.
 	{"domain-type", "KVM acceleration", Refused, "record/replay counts guest instructions, which only QEMU's own emulation can",
-		"write <domain type='qemu'>", onDomain(func(d *libvirtxml.Domain) bool { return d.Type != "qemu" })},
+		"write <domain type='qemu'>; if it runs, do so with virsh edit, then use ftvirt enable --at-next-boot, shut it down and start it",
+		onDomain(func(d *libvirtxml.Domain) bool { return d.Type != "qemu" })},
 	{"no-uuid", "domain without UUID", Refused, "the pair is known by its UUID", "define it with virsh define, which gives it one",
 		onDomain(func(d *libvirtxml.Domain) bool { return d.UUID == "" })},
 	{"architecture", "guests other than x86_64", Refused, notProven, "use an x86_64 guest",

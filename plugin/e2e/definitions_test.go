@@ -31,9 +31,11 @@ const installed = `
 func TestDefinitions(t *testing.T) {
 	b, hosta, hostb := bed(t)
 	for _, tc := range []struct {
-		name, machine, clock, devices string
+		name, machine  string
+		running        bool // when protection is asked for
+		clock, devices string
 	}{
-		{"q35", "q35", `<timer name='rtc' tickpolicy='catchup'/><timer name='pit' tickpolicy='delay'/><timer name='hpet' present='no'/>`, `
+		{"q35", "q35", false, `<timer name='rtc' tickpolicy='catchup'/><timer name='pit' tickpolicy='delay'/><timer name='hpet' present='no'/>`, `
     <disk type='file' device='disk'>
       <driver name='qemu' type='qcow2' cache='none' discard='unmap'/><source file='IMAGES/top.qcow2'/><target dev='vdb' bus='virtio'/>
     </disk>
@@ -45,7 +47,7 @@ func TestDefinitions(t *testing.T) {
     <interface type='bridge'><source bridge='BRIDGE'/><model type='virtio'/></interface>
     <video><model type='virtio'/></video>
     <watchdog model='i6300esb' action='reset'/>`},
-		{"i440fx", "pc", `<timer name='rtc' tickpolicy='catchup'/>`, `
+		{"i440fx", "pc", true, `<timer name='rtc' tickpolicy='catchup'/>`, `
     <disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='IMAGES/second.img'/><target dev='vdb' bus='virtio'/></disk>
     <interface type='user'><model type='virtio'/></interface>
     <sound model='ich9'/>
@@ -56,7 +58,7 @@ func TestDefinitions(t *testing.T) {
 			images(t, hostb, "static.img")
 			shared.guests++
 			name := fmt.Sprintf("guest%d", shared.guests)
-			vm, err := b.StartVMAs(t.Context(), hosta, hostb, 0, name, func(text string) string {
+			vm, err := b.DefineVM(t.Context(), hosta, 0, name, func(text string) string {
 				bridge := regexp.MustCompile(`bridge='([^']+)'`).FindStringSubmatch(text)[1]
 				devices := strings.NewReplacer("IMAGES", lab.ImageDir, "BRIDGE", bridge).Replace(tc.devices)
 				return strings.NewReplacer(
@@ -75,6 +77,13 @@ func TestDefinitions(t *testing.T) {
 					t.Error(err)
 				}
 			})
+			if tc.running {
+				atNextBoot(t, vm, hosta, hostb)
+			} else {
+				_, err := hosta.Exec(t.Context(), lab.BinDir+"/ftvirt", "enable", vm.Name, "--peer", hostb.Name)
+				must(t, err)
+			}
+			must(t, vm.Boot(t.Context(), hosta))
 			traffic, err := vm.Traffic(t.Context())
 			must(t, err)
 			t.Cleanup(traffic.Close)
@@ -106,6 +115,29 @@ func TestDefinitions(t *testing.T) {
 			}
 		})
 	}
+}
+
+// atNextBoot asks for the protection of a domain that runs as virt-install left it:
+// it is refused, but can be had from the next start on.
+func atNextBoot(t *testing.T, vm *scenario.VM, h, peer *lab.Host) {
+	t.Helper()
+	_, err := h.Virsh(t.Context(), "start", vm.Name)
+	must(t, err)
+	before, err := h.Virsh(t.Context(), "dumpxml", vm.Name)
+	must(t, err)
+	enable := []string{lab.BinDir + "/ftvirt", "enable", vm.Name, "--peer", peer.Name}
+	if out, err := h.Exec(t.Context(), enable...); err == nil || !strings.Contains(err.Error(), "--at-next-boot") {
+		t.Fatalf("a running domain that is not ready: %v, %s", err, out)
+	}
+	_, err = h.Exec(t.Context(), append(enable, "--at-next-boot")...)
+	must(t, err)
+	after, err := h.Virsh(t.Context(), "dumpxml", vm.Name)
+	must(t, err)
+	if after != before {
+		t.Errorf("the domain that runs was changed:\n%s\nbefore:\n%s", after, before)
+	}
+	_, err = h.Virsh(t.Context(), "destroy", vm.Name)
+	must(t, err)
 }
 
 // images makes the disks that definitions of TestDefinitions name.
