@@ -60,7 +60,7 @@ type machine struct {
 func start(t *testing.T, dir string, name string, args ...string) *machine {
 	t.Helper()
 	cmd := exec.Command(name, args...)
-	cmd.Stderr = os.Stderr
+	cmd.Stderr = t.Output()
 	// The allocator looks for damage to the heap.
 	cmd.Env = append(os.Environ(), "LD_PRELOAD=libc_malloc_debug.so.0", "GLIBC_TUNABLES=glibc.malloc.check=3")
 	if err := cmd.Start(); err != nil {

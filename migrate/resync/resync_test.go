@@ -49,7 +49,7 @@ func serveNBD(t *testing.T, dir, format, image string) string {
 	t.Helper()
 	socket := filepath.Join(dir, "replica.sock")
 	cmd := exec.Command("qemu-nbd", "-t", "-f", format, "-k", socket, "-x", "vda", image)
-	cmd.Stderr = os.Stderr
+	cmd.Stderr = t.Output()
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

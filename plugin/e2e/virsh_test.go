@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -269,6 +270,27 @@ func TestVirshOnly(t *testing.T) {
 		}
 		must(t, scenario.Pause(t.Context(), 100*time.Millisecond))
 	}
+	watched := make(chan string, 1)
+	watch, stop := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer stop()
+	go func() {
+		out, _ := hostb.Exec(watch, "stdbuf", "-oL", "virsh", "-q", "-c", "qemu:///system", "event", "--event", "lifecycle", "--loop")
+		watched <- out
+	}()
 	must(t, vm.Boot(t.Context(), hosta))
 	again(t, b, vm, hosta, hostb, plugin.Epoch(0))
+	_, err = vm.KillQEMU(t.Context(), hosta)
+	must(t, err)
+	again(t, b, vm, hostb, hosta, plugin.Epoch(0))
+	list, err := hostb.Virsh(t.Context(), "list")
+	must(t, err)
+	if !regexp.MustCompile(vm.Name + ` +running`).MatchString(list) {
+		t.Errorf("virsh list on hostb:\n%s", list)
+	}
+	stop()
+	events := <-watched
+	t.Log(events)
+	if !regexp.MustCompile(`(?s)'lifecycle' for domain '` + vm.Name + `': Started .*Resumed`).MatchString(events) {
+		t.Errorf("virsh event on hostb:\n%s", events)
+	}
 }
