@@ -206,16 +206,10 @@ func plainNIC(n *libvirtxml.DomainInterface, at int, was []libvirtxml.DomainInte
 		return
 	}
 	var former libvirtxml.DomainInterfaceDriver
-	had := false
-	for i := range was {
-		// libvirt gives a MAC to those that had none, so then the place counts.
-		same := was[i].MAC == nil && i == at
-		if was[i].MAC != nil && n.MAC != nil {
-			same = was[i].MAC.Address == n.MAC.Address
-		}
-		if same && was[i].Driver != nil {
-			former, had = *was[i].Driver, true
-		}
+	old := formerNIC(n, at, was)
+	had := old != nil && old.Driver != nil
+	if had {
+		former = *old.Driver
 	}
 	revert(&n.Driver.Name, qemuBackend, former.Name)
 	revert(&n.Driver.EventIDX, off, former.EventIDX)
@@ -223,4 +217,24 @@ func plainNIC(n *libvirtxml.DomainInterface, at int, was []libvirtxml.DomainInte
 	if !had && reflect.DeepEqual(*n.Driver, libvirtxml.DomainInterfaceDriver{}) {
 		n.Driver = nil
 	}
+}
+
+// formerNIC finds what a network card, which is the one at that place now, was.
+// libvirt gives a MAC to those that had none, so then the place counts.
+func formerNIC(n *libvirtxml.DomainInterface, at int, was []libvirtxml.DomainInterface) *libvirtxml.DomainInterface {
+	mac := func(n *libvirtxml.DomainInterface) string {
+		if n.MAC == nil {
+			return ""
+		}
+		return n.MAC.Address
+	}
+	if at < len(was) && (mac(&was[at]) == "" || mac(&was[at]) == mac(n)) {
+		return &was[at]
+	}
+	for i := range was {
+		if mac(&was[i]) != "" && mac(&was[i]) == mac(n) {
+			return &was[i]
+		}
+	}
+	return nil
 }
