@@ -279,7 +279,13 @@ func (o *ordeal) stops() []trial {
 // damage is done to files that the agent keeps.
 func (o *ordeal) damage() []trial {
 	c := config.Default()
-	spool := filepath.Join(c.Agent.RunDir, "log-"+o.vm.UUID.String())
+	spool := func(h *lab.Host, file string) ([]string, error) {
+		found, err := filepath.Glob(h.Path(filepath.Join(c.Agent.RunDir, "log-"+o.vm.UUID.String()+"-*", file)))
+		if err == nil && len(found) == 0 {
+			err = fmt.Errorf("%w: no log is kept on %s", ErrFault, h.Name)
+		}
+		return found, err
+	}
 	var list []trial
 	// restart damages something while the agent is down, in order, as for an
 	// upgrade.
@@ -291,16 +297,12 @@ func (o *ordeal) damage() []trial {
 			return nil, errors.Join(harm(h), o.StartAgent(ctx, h))
 		}}
 	}
-	segments := func(h *lab.Host) []string {
-		found, _ := filepath.Glob(filepath.Join(h.Path(spool), "*.rrlog"))
-		return found
-	}
 	last := func(h *lab.Host, harm func(path string) error) error {
-		found := segments(h)
-		if len(found) == 0 {
-			return fmt.Errorf("%w: no log is kept on %s", ErrFault, h.Name)
+		segments, err := spool(h, "*.rrlog")
+		if err != nil {
+			return err
 		}
-		return harm(slices.Max(found))
+		return harm(slices.Max(segments))
 	}
 	unharmed := restart("the log of the backup as it was", func(*lab.Host) error { return nil })
 	unharmed.keeps = true
@@ -312,7 +314,11 @@ func (o *ordeal) damage() []trial {
 		}),
 		restart("the log of the backup is gone", func(h *lab.Host) error { return last(h, os.Remove) }),
 		restart("a foreign file in the log of the backup", func(h *lab.Host) error {
-			return os.WriteFile(filepath.Join(h.Path(spool), "00000000000000000007.rrlog"), garbage(), 0o600)
+			dirs, err := spool(h, "")
+			if err != nil {
+				return err
+			}
+			return os.WriteFile(filepath.Join(dirs[0], "00000000000000000007.rrlog"), garbage(), 0o600)
 		}),
 		restart("files in the place of sockets", func(h *lab.Host) error {
 			return errors.Join(os.WriteFile(h.Path(c.Agent.PluginSocket), garbage(), 0o666), os.WriteFile(h.Path(c.Agent.AdminSocket), garbage(), 0o600))
