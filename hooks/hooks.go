@@ -101,6 +101,14 @@ func Parse(xml []byte) (*libvirtxml.Domain, error) {
 	if err := dom.Unmarshal(string(xml)); err != nil {
 		return nil, fmt.Errorf("parse domain XML: %w", err)
 	}
+	if dom.Devices != nil {
+		for i := range dom.Devices.Disks {
+			if target(&dom.Devices.Disks[i]) == "" {
+				// libvirt writes it always; disks are told apart by it.
+				return nil, fmt.Errorf("parse domain XML: disk %d has no target", i)
+			}
+		}
+	}
 	return dom, nil
 }
 

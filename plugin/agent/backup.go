@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"sync"
 	"time"
@@ -31,11 +32,14 @@ type backup struct {
 	stopping sync.Once
 	receiver *migrate.Receiver
 
+	welcoming sync.Mutex // held while a session is given, before mu
+
 	mu      sync.Mutex
 	stored  *channel.Store // nil until the backup's QEMU is there
 	conn    *channel.Conn
 	vm      *vm
 	beats   beats
+	leaving bool // the arbiter is asked: nothing is acknowledged any more
 	promote bool
 	rate    meter
 	fed     chan struct{} // closed and renewed when the plugin consumed
@@ -133,14 +137,7 @@ const freeTimeout = 2 * time.Second
 
 // resume gives the primary its session back.
 func (b *backup) resume(ctx context.Context, in *channel.Incoming) {
-	b.mu.Lock()
-	old, promote := b.conn, b.promote
-	b.mu.Unlock()
-	if promote {
-		_ = in.Refuse(ctx, channel.RefuseEpoch, "this side is going live")
-		return
-	}
-	if old != nil {
+	if old := b.session(); old != nil {
 		// The primary knows best that it broke.
 		_ = old.Close()
 	}
@@ -154,8 +151,25 @@ func (b *backup) resume(ctx context.Context, in *channel.Incoming) {
 	b.open(ctx, in, end, true)
 }
 
+var errLeaving = errors.New("this side is going live")
+
+// welcome is not given while the arbiter is asked: it shows the primary that it
+// has a backup.
+func (b *backup) welcome(ctx context.Context, in *channel.Incoming, end plugin.Position) (net.Conn, error) {
+	b.welcoming.Lock()
+	defer b.welcoming.Unlock()
+	b.mu.Lock()
+	leaving := b.leaving
+	b.mu.Unlock()
+	if leaving {
+		_ = in.Refuse(ctx, channel.RefuseEpoch, errLeaving.Error())
+		return nil, errLeaving
+	}
+	return in.Welcome(ctx, end)
+}
+
 func (b *backup) open(ctx context.Context, in *channel.Incoming, end plugin.Position, again bool) {
-	nc, err := in.Welcome(ctx, end)
+	nc, err := b.welcome(ctx, in, end)
 	if err != nil {
 		return
 	}
@@ -498,9 +512,26 @@ func (b *backup) append(conn *channel.Conn, m channel.Message) error {
 		return err
 	}
 	b.mu.Lock()
+	defer b.mu.Unlock()
 	b.rate.add(len(m.Data), time.Now())
-	b.mu.Unlock()
+	if b.leaving {
+		return nil
+	}
 	return conn.SendAck(acked)
+}
+
+// leave is called before the arbiter is asked. From here on the primary, which
+// was taken for dead and may live, gets no ack and no new session: a packet that
+// it lets go for one could leave when this side is live.
+func (b *backup) leave() {
+	b.welcoming.Lock()
+	defer b.welcoming.Unlock()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.leaving = true
+	if b.conn != nil {
+		b.conn.DropAck()
+	}
 }
 
 func (b *backup) control(c entry) {

@@ -35,6 +35,9 @@ func (d *domain) execute(ctx context.Context, act pair.Action) {
 			p.abort()
 		}
 	case pair.ActionAcquireArbiter:
+		if b != nil && b.epoch == act.Epoch {
+			b.leave()
+		}
 		d.acquire(ctx, act.Epoch)
 	case pair.ActionCloseEpoch:
 		d.closeEpoch(ctx, act.Epoch)

@@ -210,6 +210,13 @@ func (c *Conn) SendAck(pos plugin.Position) error {
 	return nil
 }
 
+// DropAck takes back an ack that waits to be sent.
+func (c *Conn) DropAck() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.hasAck = false
+}
+
 // SendControl sends a control entry, which must marshal to a JSON object with a
 // nonempty string "kind".
 func (c *Conn) SendControl(ctx context.Context, entry any) error {
