@@ -63,13 +63,17 @@ func apply(dom *libvirtxml.Domain, o Options, backup bool) (*libvirtxml.Domain, 
 	takeOut(dom)
 	dev := devices(dom)
 	for i := range dev.Disks {
-		if d := &dev.Disks[i]; d.Driver == nil {
+		d := &dev.Disks[i]
+		if diskBus(d) != "virtio" {
+			continue
+		}
+		if d.Driver == nil {
 			d.Driver = new(libvirtxml.DomainDiskDriver)
 		}
-		dev.Disks[i].Driver.EventIDX, dev.Disks[i].Driver.IOEventFD = off, off
+		d.Driver.EventIDX, d.Driver.IOEventFD = off, off
 		// libvirt sorts disks before it fills in a missing bus, so the order
 		// would change when it reads its own XML back.
-		dev.Disks[i].Target.Bus = diskBus(&dev.Disks[i])
+		d.Target.Bus = "virtio"
 	}
 	for i := range dev.Interfaces {
 		n := &dev.Interfaces[i]
