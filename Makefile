@@ -121,7 +121,7 @@ test-deb: build/deb/newer
 	contrib/debian/test.sh build/deb build/deb/newer
 
 # In this order, on the same hosts: the last of the guide removes the packages.
-DOCUMENTS = contrib/docs/start.md contrib/docs/metrics.md contrib/docs/operate.md contrib/README.md README.md \
+DOCUMENTS = contrib/docs/start.md contrib/docs/virsh.md contrib/docs/metrics.md contrib/docs/operate.md contrib/README.md README.md \
 	contrib/docs/comparison.md contrib/docs/contribute.md contrib/docs/how-it-works.md contrib/docs/performance.md contrib/docs/profile.md \
 	contrib/docs/troubleshooting.md
 test-docs: build/deb/newer build/guest
