@@ -58,7 +58,7 @@ func TestDefinitions(t *testing.T) {
 			images(t, hostb, "static.img")
 			shared.guests++
 			name := fmt.Sprintf("guest%d", shared.guests)
-			vm, err := b.DefineVM(t.Context(), hosta, 0, name, func(text string) string {
+			vm, err := b.DefineVM(t.Context(), hosta, shared.guests, name, func(text string) string {
 				bridge := regexp.MustCompile(`bridge='([^']+)'`).FindStringSubmatch(text)[1]
 				devices := strings.NewReplacer("IMAGES", lab.ImageDir, "BRIDGE", bridge).Replace(tc.devices)
 				return strings.NewReplacer(

@@ -87,8 +87,10 @@ func saveLogs(t *testing.T, b *scenario.Bed, root string) {
 // test.
 func start(t *testing.T, b *scenario.Bed, h, peer *lab.Host) *scenario.VM {
 	t.Helper()
+	// Each has an address of its own: the bridge takes the last one's for where that
+	// was failed over to, for half a minute.
 	shared.guests++
-	vm, err := b.StartVM(t.Context(), h, peer, 0, fmt.Sprintf("guest%d", shared.guests))
+	vm, err := b.StartVM(t.Context(), h, peer, shared.guests, fmt.Sprintf("guest%d", shared.guests))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -217,7 +217,7 @@ func TestVirshOnly(t *testing.T) {
 		configured(t, b, h, func(c *config.Config) { c.Protect.Auto = true })
 	}
 	shared.guests++
-	vm, err := b.DefineVM(t.Context(), hosta, 0, fmt.Sprintf("guest%d", shared.guests), nil)
+	vm, err := b.DefineVM(t.Context(), hosta, shared.guests, fmt.Sprintf("guest%d", shared.guests), nil)
 	must(t, err)
 	t.Cleanup(func() {
 		if err := vm.Remove(context.Background()); err != nil {
