@@ -57,7 +57,7 @@ type machine struct {
 	how  error // of its end
 }
 
-func start(t *testing.T, dir string, name string, args ...string) *machine {
+func start(t *testing.T, name string, args ...string) *machine {
 	t.Helper()
 	cmd := exec.Command(name, args...)
 	cmd.Stderr = t.Output()
@@ -189,10 +189,10 @@ func TestCutOff(t *testing.T) {
 		}
 	}
 	server := filepath.Join(dir, "nbd.sock")
-	start(t, dir, "qemu-nbd", "-t", "-f", "raw", "-k", server, "-x", "vda", filepath.Join(dir, "copy"))
+	start(t, "qemu-nbd", "-t", "-f", "raw", "-k", server, "-x", "vda", filepath.Join(dir, "copy"))
 	_ = dial(t, server).Close()
 	monitor := filepath.Join(dir, "qmp.sock")
-	m := start(t, dir, "qemu-system-x86_64", "-nodefaults", "-display", "none", "-machine", "q35", "-m", "32", "-accel", "tcg",
+	m := start(t, "qemu-system-x86_64", "-nodefaults", "-display", "none", "-machine", "q35", "-m", "32", "-accel", "tcg",
 		"-qmp", "unix:"+monitor+",server=on,wait=off",
 		"-blockdev", "driver=file,node-name=file,filename="+filepath.Join(dir, "disk"), "-blockdev", "driver=raw,node-name=libvirt-1-format,file=file",
 		"-blockdev", "driver=blkreplay,node-name=ftvirt-rr-0,image=libvirt-1-format", "-device", "virtio-blk-pci,drive=ftvirt-rr-0")
