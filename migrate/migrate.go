@@ -373,7 +373,7 @@ func (j blockJob) err(target string, exists bool) error {
 	case !exists:
 		return fmt.Errorf("%s: the copy ended early", target)
 	case j.Status == "nospace":
-		return fmt.Errorf("%s: there is no room for the copy on the peer", target)
+		return fmt.Errorf("%s: there is no room on the peer", target)
 	case j.Status == "failed":
 		return fmt.Errorf("%s: the copy met an error; the peer, or the connection to it, may have failed", target)
 	}

@@ -46,7 +46,7 @@ static struct {
     uint8_t out[512u << 10];
     size_t out_len;
     uint64_t reported;
-    int64_t stats_ns, consumed_ns, unsent_ns;
+    int64_t stats_ns, consumed_ns, unsent_ns, looked_ns;
 } io = { .fd = -1 };
 
 void ft_wake_io(void)
@@ -313,6 +313,7 @@ static bool reset_is_due(int64_t now)
 static const char *take_ack(const uint8_t *p, size_t len)
 {
     uint64_t pos;
+    int64_t now;
 
     if (len != 8) {
         return "ACK is 8 bytes";
@@ -324,8 +325,17 @@ static const char *take_ack(const uint8_t *p, size_t len)
     if (pos > ft.sent) {
         return "ACK of what was not sent";
     }
+    now = ft_now_ns();
+    if (now - io.looked_ns > FT_SILENCE_NS) {
+        ft.doubt = ft.ring.head;
+    }
     ft.acked = ft.ring.tail = pos;
     pthread_cond_broadcast(&ft.space);
+    if (pos <= ft.doubt) {
+        return NULL;
+    }
+    ft.open_to = pos;
+    ft.open_ns = now;
     if (ft.gate_head && ft.gate_head->pos <= pos) {
         pthread_cond_signal(&ft.gate);
     }
@@ -350,7 +360,8 @@ static const char *take_welcome(const uint8_t *p, size_t len)
         if (resume < ft.ring.tail || resume > ft.ring.head) {
             return "WELCOME resumes where there is no log";
         }
-        ft.acked = ft.ring.tail = ft.sent = resume;
+        ft.acked = ft.open_to = ft.ring.tail = ft.sent = resume;
+        ft.open_ns = ft_now_ns();
         pthread_cond_broadcast(&ft.space);
         pthread_cond_broadcast(&ft.gate);
     }
@@ -555,6 +566,7 @@ static int housekeeping(void)
     int wait = 200;
 
     pthread_mutex_lock(&ft.lock);
+    io.looked_ns = now;
     running = ft.running;
     if (ft.mode == FT_RECORD) {
         if (ft.connected) {

@@ -37,6 +37,13 @@ enum ft_mode {
 /* Gate limits: beyond these a packet is lost, as on a full network queue. */
 #define FT_GATE_PACKETS 4096
 #define FT_GATE_BYTES (16u << 20)
+/* What a process that was stopped, or its host, finds when it goes on may be of
+ * before a backup went live. So an ack that is read so long after we looked last
+ * lets no output leave that is not newer, and an output whose turn came so long
+ * ago is lost, as on a network. Less than a primary may be silent (ftvirt.toml,
+ * heartbeat.timeout). */
+#define FT_SILENCE_NS 200000000
+
 /* Classes of delay that packets are counted in; PROTOCOL.md has the bounds. */
 #define FT_GATE_DELAYS 12
 /* Thousandths of its time that a vCPU may be made to pause. */
@@ -98,6 +105,9 @@ struct ft_state {
 
     struct ft_ring ring; /* record: unacked log; replay: log not consumed */
     uint64_t acked;      /* record: end of log that the backup holds */
+    uint64_t open_to;    /* record: outputs of before may leave */
+    uint64_t doubt;      /* record: acks up to here come too late for outputs */
+    int64_t open_ns;     /* record: when that was last said */
     uint64_t sent;       /* record: end of what this connection has been sent */
     bool flush;          /* record: an output waits, do not coalesce */
     int64_t last_log_ns; /* record: when something was logged last */

@@ -73,7 +73,7 @@ static ssize_t defer(void *nf, void *sender, unsigned flags,
 
 static bool may_leave(const struct ft_packet *p)
 {
-    return ft.mode != FT_RECORD || p->pos <= ft.acked;
+    return ft.mode != FT_RECORD || p->pos <= ft.open_to;
 }
 
 /* Called by QEMU with the BQL held, and in record mode from an event of the
@@ -204,10 +204,18 @@ static void *gate_thread(void *unused)
         q_bql_lock();
         for (; p; p = next) {
             struct iovec iov = { p->data, p->len };
+            bool late;
 
             next = p->next;
-            q.qemu_netfilter_pass_to_next(p->sender, p->flags, &iov, 1,
-                                          p->filter);
+            pthread_mutex_lock(&ft.lock);
+            late = ft.mode == FT_RECORD &&
+                   ft_now_ns() - ft.open_ns > FT_SILENCE_NS;
+            ft.gate_dropped += late;
+            pthread_mutex_unlock(&ft.lock);
+            if (!late) {
+                q.qemu_netfilter_pass_to_next(p->sender, p->flags, &iov, 1,
+                                              p->filter);
+            }
             pthread_mutex_lock(&ft.lock);
             /* Counted until it has left, so that a later one queues up. */
             ft.gate_count--;

@@ -342,7 +342,7 @@ void ft_mode_open(void)
 {
     if (ft.mode == FT_RECORD) {
         ft.mode = FT_LIVE;
-        ft.sent = ft.acked = ft.ring.tail = ft.ring.head;
+        ft.sent = ft.acked = ft.open_to = ft.ring.tail = ft.ring.head;
         pthread_cond_broadcast(&ft.space);
         ft_send_state("goes on alone");
     }

@@ -52,7 +52,7 @@ bool ft_stream_init(size_t ring_size)
 void ft_ring_reset(uint64_t pos)
 {
     ft.ring.head = ft.ring.tail = pos;
-    ft.acked = ft.sent = pos;
+    ft.acked = ft.open_to = ft.doubt = ft.sent = pos;
     ft.flush = ft.ended = false;
     ft.full_since_ns = 0;
 }

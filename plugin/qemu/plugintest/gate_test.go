@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -127,6 +128,36 @@ func TestOutputRule(t *testing.T) {
 		return a.stats.Counted && all == a.stats.Released && long > 0
 	}); err != nil {
 		t.Fatal(err)
+	}
+
+	// QEMU stands still, as with its whole host, after the backup acknowledged: by
+	// the time it goes on, the backup may be live.
+	if echo(500 * time.Millisecond) {
+		t.Fatal("a reply left without an ack")
+	}
+	stale := rec.end()
+	for _, step := range []func() error{
+		func() error { return a.cmd.Process.Signal(syscall.SIGSTOP) },
+		func() error { return a.plugin.Ack(stale) },
+		func() error { <-time.After(500 * time.Millisecond); return a.cmd.Process.Signal(syscall.SIGCONT) },
+	} {
+		if err := step(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if answers(t, conn, time.Second) {
+		t.Fatal("a reply left for an ack of before a stand-still")
+	}
+	for deadline := time.Now().Add(5 * time.Second); ; {
+		if err := a.plugin.Ack(rec.end()); err != nil {
+			t.Fatal(err)
+		}
+		if answers(t, conn, 50*time.Millisecond) {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("no reply after an ack of later log")
+		}
 	}
 
 	// The agent is gone for a while; its unacknowledged log comes again.
