@@ -54,7 +54,6 @@ type machine struct {
 	conn net.Conn
 	in   *bufio.Reader
 	died chan struct{}
-	how  error // of its end
 }
 
 func start(t *testing.T, name string, args ...string) *machine {
@@ -68,7 +67,7 @@ func start(t *testing.T, name string, args ...string) *machine {
 	}
 	m := &machine{died: make(chan struct{})}
 	go func() {
-		m.how = cmd.Wait()
+		_ = cmd.Wait()
 		close(m.died)
 	}()
 	t.Cleanup(func() {
