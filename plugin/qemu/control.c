@@ -29,7 +29,7 @@ enum frame {
 
 /* Log bytes per frame, and how long a lone byte may wait for company. */
 #define LOG_CHUNK (64u << 10)
-#define COALESCE_NS (1 * MS)
+#define COALESCE_NS (5 * MS)
 #define STATS_NS (100 * MS)
 #define CONSUMED_NS (10 * MS)
 #define RECONNECT_MS 100
@@ -419,6 +419,7 @@ static const char *take(enum frame type, const uint8_t *p, size_t len)
         ft.promote = true;
         ft.look = 0; /* what looks at this VM has to stop now */
         ft_replay_return();
+        ft_loop_wake();
         pthread_cond_broadcast(&ft.data);
         return NULL;
     case OPEN:

@@ -23,6 +23,7 @@ struct ft_state ft = {
     .lock = PTHREAD_MUTEX_INITIALIZER,
     .space = PTHREAD_COND_INITIALIZER,
     .data = PTHREAD_COND_INITIALIZER,
+    .turn = PTHREAD_COND_INITIALIZER,
     .gate = PTHREAD_COND_INITIALIZER,
     .room = PTHREAD_COND_INITIALIZER,
     .wake_fd = -1,

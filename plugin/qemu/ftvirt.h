@@ -52,6 +52,8 @@ enum ft_mode {
 #define FT_REGISTERS 23
 /* Positions that a backup may be asked to look at ahead of what it consumed. */
 #define FT_CHECKS 64
+/* replay/replay-internal.h: EVENT_ASYNC + REPLAY_ASYNC_EVENT_BLOCK */
+#define FT_BLOCK_KIND 8
 /* The least piece of memory that is hashed. */
 #define FT_LOOK_CHUNK_MIN 4096
 /* A frame from the agent may not be longer than this. */
@@ -89,6 +91,7 @@ struct ft_state {
     pthread_mutex_t lock;
     pthread_cond_t space; /* record: the ring has room, or mode changed */
     pthread_cond_t data;  /* replay: fed bytes, or promote */
+    pthread_cond_t turn;  /* replay: the main loop is wanted */
     pthread_cond_t gate;  /* gate thread: something may be released */
     pthread_cond_t room;  /* the agent has read something, or is gone */
     int wake_fd;          /* eventfd: io thread, look again */
@@ -127,6 +130,7 @@ struct ft_state {
     bool hold;              /* record: the VM is to stand still */
     bool held;              /* it does, by us */
     int64_t hold_until_ns;  /* it goes on then */
+    bool main_wanted;       /* replay: the log does not go on without it */
     bool yielding;          /* replay: who waits for log is to let go of locks */
     bool yielded;           /* the placeholder was handed out for that */
     uint64_t look;          /* which answer the agent waits for, 0: none */
@@ -162,8 +166,16 @@ void ft_replay_begin(void);
 void ft_replay_yield(void);
 void ft_replay_return(void);
 
+bool ft_for_vcpu(uint8_t kind);
+
+/* loop.c: a backup's event loops. */
+void ft_loop_init(void);
+void ft_loop_wait(void);
+void ft_loop_next(uint8_t kind);
+void ft_loop_wake(void);
+
 /* mode.c: idle, record, replay, live. */
-extern __thread bool ft_in_vcpu;
+extern __thread bool ft_in_vcpu, ft_in_main;
 void ft_mode_init(void);
 void ft_mode_schedule_idle(void);
 void ft_mode_open(void);

@@ -56,7 +56,7 @@ static int invalidate_used(void *obj, void *opaque)
     return 0;
 }
 
-__thread bool ft_in_vcpu;
+__thread bool ft_in_vcpu, ft_in_main;
 
 /* Runs in the vCPU thread with the BQL held. */
 static void flip(void *cpu, uint64_t mode)
@@ -262,6 +262,7 @@ static void first_start(void)
     mark_chardevs();
     ft_digest_find_vcpu(first_cpu());
     if (ft.backup) {
+        ft_loop_init();
         return;
     }
     /* The main loop holds the replay mutex; the vCPU thread has not begun. */
@@ -443,6 +444,9 @@ static void wake_for_events(void)
 static void polled(struct q_plain_notifier *n, void *poll)
 {
     (void)n;
+    if (*(int *)poll == Q_MAIN_LOOP_POLL_FILL) {
+        ft_loop_wait();
+    }
     wake_for_events();
     if (*(int *)poll == Q_MAIN_LOOP_POLL_OK && ft.mode == FT_RECORD &&
         q.qemu_reset_requested_get() && q.runstate_is_running()) {
@@ -486,6 +490,7 @@ void ft_mode_init(void)
     static struct q_plain_notifier poll_notifier = { .notify = polled };
     static struct q_notifier notifier;
 
+    ft_in_main = true;
     if (ft.backup) {
         /* The command line says record, as the primary's does. */
         *q.replay_mode = Q_REPLAY_PLAY;

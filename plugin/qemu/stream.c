@@ -19,6 +19,9 @@
  * was: it logs from within vm_start. And handed out for a while when there is
  * no log and the main loop has something else to do. */
 #define PLACEHOLDER_KIND 25
+/* EVENT_INSTRUCTION, and the count that follows. */
+#define INSTRUCTION_KIND 0
+#define INSTRUCTION_BYTES 4
 /* What the read at the end of the log returns at go-live: EVENT_INTERRUPT.
  * In record mode nobody looks at it. */
 #define LAST_KIND 1
@@ -211,10 +214,9 @@ static bool for_main_loop(uint8_t kind)
 
 /* What the vCPU's thread takes by itself before it executes anything else,
  * unless the vCPU is halted. Each change of threads that is spared counts. */
-static bool for_vcpu(uint8_t kind)
+bool ft_for_vcpu(uint8_t kind)
 {
-    return ft_in_vcpu &&
-           ((kind >= FIRST_ASYNC_KIND && kind <= LAST_ASYNC_KIND) ||
+    return ((kind >= FIRST_ASYNC_KIND && kind <= LAST_ASYNC_KIND) ||
             kind == CHECKPOINT_WARP_ACCOUNT_KIND ||
             kind == CHECKPOINT_VIRTUAL_KIND) &&
            !q.all_cpu_threads_idle();
@@ -223,7 +225,10 @@ static bool for_vcpu(uint8_t kind)
 /* Called by QEMU with the replay mutex held, in replay mode. */
 static ssize_t replay_read(void *cookie, char *buf, size_t size)
 {
-    bool kind = !q.replay_state->has_unread_data;
+    /* QEMU has no unread event while it reads the kind of the next, and the
+     * count of instructions that belongs to this one. */
+    static size_t count_left;
+    bool kind = !q.replay_state->has_unread_data && !count_left;
     ssize_t n;
 
     (void)cookie;
@@ -261,10 +266,18 @@ static ssize_t replay_read(void *cookie, char *buf, size_t size)
     }
     n = take(buf, size);
     pthread_mutex_unlock(&ft.lock);
-    if (kind && for_main_loop(*buf) && !for_vcpu(*buf)) {
+    if (!kind) {
+        count_left -= (size_t)n < count_left ? (size_t)n : count_left;
+    } else if (*buf == INSTRUCTION_KIND) {
+        count_left = INSTRUCTION_BYTES;
+    }
+    if (kind && for_main_loop(*buf) && (ft_in_main || !ft_for_vcpu(*buf))) {
         /* It may sleep without a time limit, and nothing else wakes it: the
          * backup would lag, or at the end of the log never go live. */
         q.qemu_notify_event();
+    }
+    if (kind) {
+        ft_loop_next(*buf);
     }
     return n;
 }
@@ -301,6 +314,7 @@ void ft_replay_begin(void)
 void ft_replay_yield(void)
 {
     ft.yielding = true;
+    ft_loop_wake();
     pthread_cond_broadcast(&ft.data);
 }
 

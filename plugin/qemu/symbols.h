@@ -89,7 +89,7 @@ enum { Q_CHAR_FEATURE_REPLAY = 2 };
 enum { Q_TIMER_ATTR_ALL = -1 };
 /* include/system/replay.h: ReplayCheckpoint; include/qemu/main-loop.h */
 enum { Q_CHECKPOINT_RESET = 8 };
-enum { Q_MAIN_LOOP_POLL_OK = 2 };
+enum { Q_MAIN_LOOP_POLL_FILL = 0, Q_MAIN_LOOP_POLL_OK = 2 };
 
 /* X(return type, name, arguments, why) */
 #define FT_FUNCTIONS(X) \
@@ -151,6 +151,9 @@ enum { Q_MAIN_LOOP_POLL_OK = 2 };
     X(bool, replay_has_events, (void), "whether a halted vCPU is to be woken") \
     X(void, qemu_clock_notify, (int type), "wakes it") \
     X(bool, all_cpu_threads_idle, (void), "whether the vCPU is halted") \
+    X(void *, iothread_get_aio_context, (void *iothread), "the monitors' loop, which a backup's vCPU is not to wake") \
+    X(void *, aio_get_g_source, (void *ctx), "where it begins to poll") \
+    X(void, g_source_unref, (void *source), "gives that back") \
     X(void, qemu_clock_enable, (int type, bool enabled), "due timers run before the state is saved") \
     X(bool, qemu_clock_run_timers, (int type), "due timers run before the state is saved") \
     X(int64_t, qemu_clock_deadline_ns_all, (int type, int attrs), "no timer is due at the switch; livelock watch") \
@@ -181,6 +184,7 @@ enum { Q_MAIN_LOOP_POLL_OK = 2 };
     X(struct q_replay_state, replay_state, "counters set at the switch") \
     X(struct q_timers_state, timers_state, "clock offset at go-live") \
     X(void *, qmp_commands, "the monitor's commands") \
+    X(void *, mon_iothread, "the monitors' loop") \
     X(void *, helper_info_pause, "what TCG calls for PAUSE") \
     X(void *, cpus_queue, "the vCPU")
 

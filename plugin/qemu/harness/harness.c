@@ -45,7 +45,7 @@ enum { LOG = 2, STATE = 3, CONSUMED = 4, ACK = 67, FEED = 68, PROMOTE = 69,
 /* ---- a QEMU of a few functions ------------------------------------------ */
 
 struct q_symbols q;
-__thread bool ft_in_vcpu;
+__thread bool ft_in_main, ft_in_vcpu;
 
 static struct q_replay_state replay_state;
 static struct q_timers_state timers_state;
@@ -136,7 +136,7 @@ bool ft_check(const char **why)
         .object_class_by_name = class_by_name,
         .qemu_netfilter_pass_to_next = pass, .replay_state = &replay_state,
         .timers_state = &timers_state, .replay_mode = &replay_mode_value,
-        .replay_file = &replay_file_value,
+        .replay_file = &replay_file_value, .all_cpu_threads_idle = no,
     };
     filter_replay.receive_iov = filter_next;
     filter_replay.handle_event = filter_buffer.handle_event = method;
@@ -169,6 +169,8 @@ void ft_digest_logged(const uint8_t *buf, size_t size, int64_t now)
 }
 void ft_digest_check(uint64_t pos) { (void)pos; }
 void ft_digest_consumed(void) { }
+void ft_loop_next(uint8_t kind) { (void)kind; }
+void ft_loop_wake(void) { }
 bool ft_hold_due(int64_t now) { (void)now; return false; }
 void ft_look(uint64_t id, uint32_t chunk) { (void)id; (void)chunk; }
 
