@@ -2,8 +2,8 @@
 /*
  * QEMU's replay_file as a stream in memory. In record mode QEMU writes to a
  * ring that holds what the backup has not acknowledged; in replay mode it
- * reads from the same ring what the agent fed. Streams are unbuffered, so that
- * every position is exact and no byte hides in stdio.
+ * reads from the same ring what the agent fed. Every position is exact: no byte
+ * hides in stdio, but for the rest of a packet that is being read.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -22,6 +22,9 @@
 /* EVENT_INSTRUCTION, and the count that follows. */
 #define INSTRUCTION_KIND 0
 #define INSTRUCTION_BYTES 4
+/* EVENT_ASYNC + REPLAY_ASYNC_EVENT_NET: the card, flags, the size, the packet. */
+#define NET_KIND 9
+#define NET_HEADER_BYTES 9
 /* What the read at the end of the log returns at go-live: EVENT_INTERRUPT.
  * In record mode nobody looks at it. */
 #define LAST_KIND 1
@@ -36,6 +39,8 @@
 #define CHECKPOINT_VIRTUAL_KIND 34
 
 #define REPLAY_CLOCK_VIRTUAL_RT 1
+
+#define READ_BUFFER (64u << 10)
 
 int64_t ft_now_ns(void)
 {
@@ -206,6 +211,43 @@ static ssize_t take(char *buf, size_t size)
     return n;
 }
 
+/*
+ * Where in an event the reader is. What it reads is handed out byte by byte,
+ * so that no byte of the next event hides in stdio, but for packets, which are
+ * most of a log that has any.
+ */
+static struct {
+    size_t count_left;  /* bytes of the count of instructions: QEMU has no
+                         * unread event yet while it reads that */
+    size_t header_left; /* bytes of a packet's header */
+    uint32_t packet_left;
+} event;
+
+static size_t wanted(bool kind, size_t size)
+{
+    if (kind || event.count_left || event.header_left || !event.packet_left) {
+        return 1;
+    }
+    return size < event.packet_left ? size : event.packet_left;
+}
+
+static void follow(bool kind, const uint8_t *buf, size_t n)
+{
+    if (kind) {
+        event.count_left = *buf == INSTRUCTION_KIND ? INSTRUCTION_BYTES : 0;
+        event.header_left = *buf == NET_KIND ? NET_HEADER_BYTES : 0;
+        event.packet_left = 0;
+    } else if (event.count_left) {
+        event.count_left--;
+    } else if (event.header_left) {
+        /* The last four are the size. */
+        event.header_left--;
+        event.packet_left = event.packet_left << 8 | *buf;
+    } else if (event.packet_left) {
+        event.packet_left -= n;
+    }
+}
+
 static bool for_main_loop(uint8_t kind)
 {
     return (kind >= FIRST_ASYNC_KIND && kind <= LAST_SHUTDOWN_KIND) ||
@@ -225,10 +267,7 @@ bool ft_for_vcpu(uint8_t kind)
 /* Called by QEMU with the replay mutex held, in replay mode. */
 static ssize_t replay_read(void *cookie, char *buf, size_t size)
 {
-    /* QEMU has no unread event while it reads the kind of the next, and the
-     * count of instructions that belongs to this one. */
-    static size_t count_left;
-    bool kind = !q.replay_state->has_unread_data && !count_left;
+    bool kind = !q.replay_state->has_unread_data && !event.count_left;
     ssize_t n;
 
     (void)cookie;
@@ -264,13 +303,9 @@ static ssize_t replay_read(void *cookie, char *buf, size_t size)
         *buf = LAST_KIND;
         return 1;
     }
-    n = take(buf, size);
+    n = take(buf, wanted(kind, size));
     pthread_mutex_unlock(&ft.lock);
-    if (!kind) {
-        count_left -= (size_t)n < count_left ? (size_t)n : count_left;
-    } else if (*buf == INSTRUCTION_KIND) {
-        count_left = INSTRUCTION_BYTES;
-    }
+    follow(kind, (const uint8_t *)buf, n);
     if (kind && for_main_loop(*buf) && (ft_in_main || !ft_for_vcpu(*buf))) {
         /* It may sleep without a time limit, and nothing else wakes it: the
          * backup would lag, or at the end of the log never go live. */
@@ -355,7 +390,8 @@ FILE *ft_stream_open(bool read)
     FILE *f = fopencookie(&ft, read ? "r" : "w", io);
 
     if (f) {
-        setvbuf(f, NULL, _IONBF, 0);
+        /* A reader's buffer holds what replay_read() returns at once. */
+        setvbuf(f, NULL, read ? _IOFBF : _IONBF, read ? READ_BUFFER : 0);
     }
     return f;
 }
