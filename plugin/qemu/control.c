@@ -38,21 +38,28 @@ enum frame {
 #define RESET_REQUESTED_KIND 32
 #define RESET_NS (20 * MS)
 
-/* Only the io thread touches these, but for out, which the lock guards. */
+#define OUT_MAX (512u << 10)
+
+/* Only the io thread touches these, but for out, which the lock guards. What
+ * leaves is out of before: nobody waits for the lock while it is sent. */
 static struct {
     int fd;
     uint8_t in[HEADER + FT_FRAME_MAX];
     size_t in_len;
-    uint8_t out[512u << 10];
-    size_t out_len;
+    uint8_t buffers[2][OUT_MAX];
+    uint8_t *out, *leaving;
+    size_t out_len, leaving_len, left_len;
     uint64_t reported;
     int64_t stats_ns, consumed_ns, unsent_ns, looked_ns;
-} io = { .fd = -1 };
+} io = { .fd = -1, .out = io.buffers[0], .leaving = io.buffers[1] };
 
 void ft_wake_io(void)
 {
     uint64_t one = 1;
 
+    if (__atomic_exchange_n(&ft.woken, true, __ATOMIC_ACQ_REL)) {
+        return; /* it has not looked since */
+    }
     if (write(ft.wake_fd, &one, sizeof(one)) < 0) {
         /* It is full of wake-ups already. */
     }
@@ -81,7 +88,7 @@ static uint8_t *frame(enum frame type, size_t len)
 {
     uint8_t *p = io.out + io.out_len;
 
-    if (io.fd < 0 || io.out_len + HEADER + len > sizeof(io.out)) {
+    if (io.fd < 0 || io.out_len + HEADER + len > OUT_MAX) {
         return NULL;
     }
     io.out_len += HEADER + len;
@@ -260,7 +267,7 @@ static void send_log(int64_t now)
         if (len > LOG_CHUNK) {
             len = LOG_CHUNK;
         }
-        if (io.out_len + HEADER + 8 + len > sizeof(io.out) / 2) {
+        if (io.out_len + HEADER + 8 + len > OUT_MAX / 2) {
             return;
         }
         if (!(p = frame(LOG, 8 + len))) {
@@ -490,7 +497,7 @@ static void disconnect(const char *why)
     close(io.fd);
     pthread_mutex_lock(&ft.lock);
     io.fd = -1;
-    io.in_len = io.out_len = 0;
+    io.in_len = io.out_len = io.leaving_len = io.left_len = 0;
     ft.connected = false;
     ft.look = 0;
     ft_replay_return();
@@ -610,18 +617,26 @@ static bool transmit(void)
 {
     ssize_t n;
 
-    pthread_mutex_lock(&ft.lock);
-    if (!io.out_len) {
+    if (io.left_len == io.leaving_len) {
+        uint8_t *sent = io.leaving;
+
+        pthread_mutex_lock(&ft.lock);
+        io.leaving = io.out;
+        io.leaving_len = io.out_len;
+        io.left_len = 0;
+        io.out = sent;
+        io.out_len = 0;
+        pthread_cond_broadcast(&ft.room);
         pthread_mutex_unlock(&ft.lock);
+    }
+    if (!io.leaving_len) {
         return true;
     }
-    n = send(io.fd, io.out, io.out_len, MSG_NOSIGNAL | MSG_DONTWAIT);
+    n = send(io.fd, io.leaving + io.left_len, io.leaving_len - io.left_len,
+             MSG_NOSIGNAL | MSG_DONTWAIT);
     if (n > 0) {
-        memmove(io.out, io.out + n, io.out_len - n);
-        io.out_len -= n;
-        pthread_cond_broadcast(&ft.room);
+        io.left_len += n;
     }
-    pthread_mutex_unlock(&ft.lock);
     if (n < 0 && errno != EAGAIN && errno != EINTR) {
         disconnect(strerror(errno));
         return false;
@@ -646,7 +661,7 @@ static void *io_thread(void *unused)
         fds[0] = (struct pollfd){ .fd = ft.wake_fd, .events = POLLIN };
         fds[1] = (struct pollfd){ .fd = io.fd, .events = POLLIN };
         pthread_mutex_lock(&ft.lock);
-        if (io.out_len) {
+        if (io.out_len || io.left_len < io.leaving_len) {
             fds[1].events |= POLLOUT;
         }
         pthread_mutex_unlock(&ft.lock);
@@ -656,6 +671,8 @@ static void *io_thread(void *unused)
         if (fds[0].revents && read(ft.wake_fd, &wakes, sizeof(wakes)) < 0) {
             /* Somebody else's wake-up was counted in. */
         }
+        /* Who wants something from here on wakes again. */
+        __atomic_store_n(&ft.woken, false, __ATOMIC_RELEASE);
         if (io.fd >= 0 && fds[1].revents & (POLLIN | POLLHUP | POLLERR)) {
             receive();
         }

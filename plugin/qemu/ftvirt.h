@@ -95,6 +95,7 @@ struct ft_state {
     pthread_cond_t gate;  /* gate thread: something may be released */
     pthread_cond_t room;  /* the agent has read something, or is gone */
     int wake_fd;          /* eventfd: io thread, look again */
+    bool woken;           /* that is said already; atomic */
 
     enum ft_mode mode;
     uint64_t epoch;

@@ -104,7 +104,7 @@ static const struct source_funcs *aio_funcs;
 /* What the context itself does here is to say that it polls. */
 static int prepare(void *source, int *timeout_ms)
 {
-    if (__atomic_load_n(q.replay_mode, __ATOMIC_RELAXED) != Q_REPLAY_PLAY) {
+    if (__atomic_load_n(q.replay_mode, __ATOMIC_RELAXED) == Q_REPLAY_NONE) {
         return aio_funcs->prepare(source, timeout_ms);
     }
     *timeout_ms = MONITOR_MS;
@@ -112,7 +112,7 @@ static int prepare(void *source, int *timeout_ms)
 }
 
 /* Once there are monitors: makes the loop of theirs one that looks now and then
- * as long as this is a backup. */
+ * as long as this is one of a pair. */
 void ft_loop_init(void)
 {
     static struct source_funcs funcs;

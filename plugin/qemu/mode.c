@@ -261,8 +261,8 @@ static void first_start(void)
 {
     mark_chardevs();
     ft_digest_find_vcpu(first_cpu());
+    ft_loop_init();
     if (ft.backup) {
-        ft_loop_init();
         return;
     }
     /* The main loop holds the replay mutex; the vCPU thread has not begun. */
