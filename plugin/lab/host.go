@@ -375,6 +375,9 @@ func (h *Host) Crash(ctx context.Context) error {
 
 // ---- agent and QEMU --------------------------------------------------------
 
+// agentNice is what contrib/ftvirt-agent.service gives the agent.
+const agentNice = "-10"
+
 // StartAgent starts the host's ftvirt agent and returns when the agent's admin
 // socket is there. Its log is /var/log/ftvirt/agent.log on the host.
 func (h *Host) StartAgent(ctx context.Context) error {
@@ -394,8 +397,8 @@ func (h *Host) StartAgent(ctx context.Context) error {
 		return fmt.Errorf("%s: start agent: %w", h.Name, err)
 	}
 	if _, err := h.Exec(ctx, "/bin/sh", "-euc",
-		`setsid "$1" agent --config "$2" >>"$3" 2>&1 </dev/null & echo $! >"$4"`,
-		"sh", filepath.Join(BinDir, "ftvirt"), configFile, agentLog, agentPID); err != nil {
+		`setsid nice -n "$5" "$1" agent --config "$2" >>"$3" 2>&1 </dev/null & echo $! >"$4"`,
+		"sh", filepath.Join(BinDir, "ftvirt"), configFile, agentLog, agentPID, agentNice); err != nil {
 		return err
 	}
 	pid, err := h.AgentPID()

@@ -29,7 +29,7 @@ enum frame {
 
 /* Log bytes per frame, and how long a lone byte may wait for company. */
 #define LOG_CHUNK (64u << 10)
-#define COALESCE_NS (5 * MS)
+#define COALESCE_NS (10 * MS)
 #define STATS_NS (100 * MS)
 #define CONSUMED_NS (10 * MS)
 #define RECONNECT_MS 100
