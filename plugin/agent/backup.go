@@ -399,7 +399,7 @@ func (b *backup) consumed(r reports) {
 		}
 	}
 	b.peak = max(b.peak, store.Lag(b.reached))
-	due := now.Sub(b.lagged) >= lagPeriod
+	due := now.Sub(b.lagged) >= lagPeriod || b.peak > paceTarget && now.Sub(b.lagged) >= lagUrgent
 	if due {
 		b.lagged, b.lag, b.peak = now, b.peak, 0
 	}
@@ -415,6 +415,9 @@ func (b *backup) consumed(r reports) {
 // lagPeriod is between reports of the execution lag to the primary; each tells
 // the largest of its period.
 const lagPeriod = 100 * time.Millisecond
+
+// lagUrgent is that period while the primary is to be slowed down.
+const lagUrgent = 25 * time.Millisecond
 
 // feed gives the plugin the log, at most its window ahead, and promotes it at
 // the end if this side is to go live.

@@ -16,7 +16,7 @@ const (
 	paceMost = 0.9
 	// paceNow is the part for each second of lag above the target, paceSlope
 	// that by which the part grows in each second for each second of lag.
-	paceNow   = 2.5
+	paceNow   = 6.0
 	paceSlope = 4.0
 	// paceRelease is how much of the part is given back in each second without
 	// lag, and less as the lag is nearer to the target: a backup that lagged for

@@ -29,7 +29,7 @@ enum frame {
 
 /* Log bytes per frame, and how long a lone byte may wait for company. */
 #define LOG_CHUNK (64u << 10)
-#define COALESCE_NS (10 * MS)
+#define COALESCE_NS (15 * MS)
 #define STATS_NS (100 * MS)
 #define CONSUMED_NS (10 * MS)
 #define RECONNECT_MS 100
@@ -282,6 +282,14 @@ static void send_log(int64_t now)
     if (ft.ended) {
         pthread_cond_broadcast(&ft.space);
     }
+}
+
+/* Milliseconds until what is unsent has waited long enough. */
+static int until_sent(int64_t now)
+{
+    int64_t left = io.unsent_ns ? COALESCE_NS - (now - io.unsent_ns) : 0;
+
+    return left > 0 ? left / MS + 1 : 1;
 }
 
 static void watch_divergence(int64_t now)
@@ -587,7 +595,7 @@ static int housekeeping(void)
         /* An idle guest logs nothing; the backup, which waits for the log
          * holding QEMU's locks, would not answer its monitor. */
         tick = now - ft.last_log_ns >= ft.tick_ns;
-        wait = ft.connected && ft.sent < ft.ring.head ? 1 : 20;
+        wait = ft.connected && ft.sent < ft.ring.head ? until_sent(now) : 20;
     } else if (ft.mode == FT_REPLAY) {
         watch_divergence(now);
         reset = reset_is_due(now);

@@ -60,6 +60,7 @@ func (b *benchmark) follow(ctx context.Context, name string, h *lab.Host, vm *VM
 			if s, err := b.Agent(h).StatusOf(ctx, vm.Name); err == nil && s.State == stateProtected {
 				t.samples = append(t.samples, sample{before + time.Since(start).Seconds(), s})
 				b.report.Add(lagName, configProtected, millisUnit, false, s.Lag)
+				b.report.Add(lagName+", "+name, configProtected, millisUnit, false, s.Lag)
 			}
 		}
 	})
