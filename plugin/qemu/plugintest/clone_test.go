@@ -224,7 +224,7 @@ func (b *bed) start(ctx context.Context, name, role string, extra ...string) (*m
 		return nil, err
 	}
 	args := []string{
-		"-S", "-nodefaults", "-display", "none", "-machine", "pc-q35-10.0,hpet=off", "-cpu", "qemu64", "-m", "256",
+		"-name", "debug-threads=on", "-S", "-nodefaults", "-display", "none", "-machine", "pc-q35-10.0,hpet=off", "-cpu", "qemu64", "-m", "256",
 		"-rtc", "clock=vm", "-global", "apic-common.vapic=off", "-global", "qemu64-x86_64-cpu.model=4",
 		"-icount", "shift=2,rr=record,rrfile=/dev/null",
 		"-plugin", "file=" + so + ",socket=" + b.socket() + ",uuid=" + domain + ",role=" + role,
