@@ -42,13 +42,13 @@ func openMonitor(ctx context.Context, path string) (*monitor, error) {
 func (m *monitor) close() { _ = m.conn.Close() }
 
 // run executes a command.
-func (m *monitor) run(ctx context.Context, command string, arguments any) error {
-	_, err := m.query(ctx, command, arguments)
+func (m *monitor) run(ctx context.Context, command string, args arguments) error {
+	_, err := m.query(ctx, command, args)
 	return err
 }
 
 // query executes a command and returns its answer. Events are passed over.
-func (m *monitor) query(ctx context.Context, command string, arguments any) (json.RawMessage, error) {
+func (m *monitor) query(ctx context.Context, command string, args arguments) (json.RawMessage, error) {
 	fail := func(err error) (json.RawMessage, error) { return nil, fmt.Errorf("monitor: %s: %w", command, err) }
 	deadline := time.Now().Add(commandTimeout)
 	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
@@ -58,9 +58,9 @@ func (m *monitor) query(ctx context.Context, command string, arguments any) (jso
 		return fail(err)
 	}
 	text, err := json.Marshal(struct {
-		Execute   string `json:"execute"`
-		Arguments any    `json:"arguments,omitempty"`
-	}{command, arguments})
+		Execute   string    `json:"execute"`
+		Arguments arguments `json:"arguments,omitempty"`
+	}{command, args})
 	if err != nil {
 		return fail(err)
 	}
