@@ -131,11 +131,14 @@ func removeAll(ctx context.Context, vms []*VM) error {
 	return errors.Join(errs...)
 }
 
+// tripPort is where the logging network is measured; not one of COLO's.
+const tripPort = 9990
+
 // networkTrip measures the microseconds of a round trip between the hosts on
 // the logging network, as two programs see it.
 func (b *benchmark) networkTrip(ctx context.Context, d time.Duration) error {
 	hosta, hostb := b.Pair()
-	to := netip.AddrPortFrom(hostb.LoggingAddr(), 9999)
+	to := netip.AddrPortFrom(hostb.LoggingAddr(), tripPort)
 	listener, err := hostb.Listen(ctx, to)
 	if err != nil {
 		return err

@@ -210,6 +210,9 @@ func (c *colo) words(ctx context.Context) string {
 			}
 			answer, err := s.query(ctx, q, nil)
 			all = append(all, fmt.Sprintf("; %s: %s: %s %v", s.host.Name, q, answer, err))
+			if err != nil {
+				break // it answers nothing else either, and each costs its time
+			}
 		}
 	}
 	return strings.Join(all, "")
