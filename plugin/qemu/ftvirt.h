@@ -169,7 +169,7 @@ void ft_replay_return(void);
 
 bool ft_for_vcpu(uint8_t kind);
 
-/* loop.c: a backup's event loops. */
+/* loop.c: QEMU's event loops, kept off the vCPU. */
 void ft_loop_init(void);
 void ft_loop_wait(void);
 void ft_loop_next(uint8_t kind);
@@ -190,6 +190,7 @@ void ft_go_live(void);
 /* gate.c: the output rule. */
 bool ft_gate_init(const char **why);
 void ft_gate_release(void);
+bool ft_in_qemu(const void *f); /* a function of QEMU's own */
 
 /* announce.c: the guest's cards, once it is live. */
 void ft_announce(void);

@@ -229,7 +229,7 @@ static void *gate_thread(void *unused)
     return NULL;
 }
 
-static bool in_qemu(const void *f)
+bool ft_in_qemu(const void *f)
 {
     Dl_info of, qemu;
 
@@ -246,9 +246,9 @@ bool ft_gate_init(const char **why)
      * inherit handle_event. */
     if (!replay || !buffer || replay->setup || replay->cleanup ||
         replay->handle_event != buffer->handle_event ||
-        !in_qemu(replay->handle_event) ||
-        !in_qemu(replay->receive_iov) || !in_qemu(buffer->receive_iov) ||
-        !in_qemu(buffer->setup) || !in_qemu(buffer->cleanup)) {
+        !ft_in_qemu(replay->handle_event) ||
+        !ft_in_qemu(replay->receive_iov) || !ft_in_qemu(buffer->receive_iov) ||
+        !ft_in_qemu(buffer->setup) || !ft_in_qemu(buffer->cleanup)) {
         *why = "NetFilterClass lies otherwise in this QEMU";
         return false;
     }

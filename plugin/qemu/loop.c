@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * A backup's event loops, kept off its vCPU. While it replays, QEMU wakes the
- * main loop and the monitor's at the end of each piece of instructions, of
- * which there are thousands a second: replay_advance_current_icount() and
+ * QEMU's event loops, kept off the vCPU. While it replays, QEMU wakes the main
+ * loop and the monitors' at the end of each piece of instructions, of which
+ * there are thousands a second: replay_advance_current_icount() and
  * icount_notify_aio_contexts() do, and the main loop that was woken kicks the
  * vCPU in turn (icount_start_warp_timer). Nothing of that is needed while the
  * next event of the log is the vCPU's. So the loops wait where QEMU does not
- * find them: aio_notify() writes only to one that polls.
+ * find them: aio_notify() writes only to one that polls. The monitors' does so
+ * on a primary too, whose vCPU wakes it with each of the guest's timers.
  */
 #define _GNU_SOURCE
 #include <time.h>
@@ -122,9 +123,13 @@ void ft_loop_init(void)
         return;
     }
     source = q.aio_get_g_source(q.iothread_get_aio_context(*q.mon_iothread));
-    aio_funcs = source->funcs;
-    funcs = *aio_funcs;
-    funcs.prepare = prepare;
-    __atomic_store_n(&source->funcs, &funcs, __ATOMIC_RELEASE);
+    if (ft_in_qemu(source->funcs) && ft_in_qemu(source->funcs->prepare)) {
+        aio_funcs = source->funcs;
+        funcs = *aio_funcs;
+        funcs.prepare = prepare;
+        __atomic_store_n(&source->funcs, &funcs, __ATOMIC_RELEASE);
+    } else {
+        ft_report("the monitors' loop is left as it is: GSource lies otherwise");
+    }
     q.g_source_unref(source);
 }
