@@ -196,7 +196,7 @@ demo test-real test-security test-faults soak-failover soak-crash soak-clone cha
 	@build/ftvirt-scenario $@ $(if $(filter soak-% test-real,$@),$(if $(N),-n $(N))) $(if $(filter test-faults,$@),$(if $(ONLY),-only '$(ONLY)')) $(if $(filter chaos,$@),-seed $(SEED) -length $(MINUTES)m)
 
 # On a machine that does nothing else; PART=work runs a part of it alone.
-bench: $(COLO)
+bench: $(COLO) build/debian
 bench bench-quick: build build/guest
 	@contrib/deps.sh bench
 	$(GO) build -o build/ftvirt-scenario ./plugin/lab/cmd/ftvirt-scenario

@@ -34,6 +34,7 @@ var benchParts = []struct {
 	run   func(context.Context, *benchmark) error
 }{
 	{"work", true, benchWork},
+	{"pgbench", false, benchPgbench},
 	{"delay", false, benchDelay},
 	{"clone", true, benchClone},
 	{"failover", true, benchFailover},

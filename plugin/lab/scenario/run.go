@@ -28,7 +28,7 @@ type Options struct {
 	Name string
 	// Bin has ftvirt, ftvirt-hook and ftvirt.so, GuestDir the built guest.
 	Bin, GuestDir string
-	// DebianDir has the built Debian guest, of Real alone.
+	// DebianDir has the built Debian guest, of Real and of the benchmark.
 	DebianDir string
 	// HostCount is the number of hosts; 0 means two.
 	HostCount int

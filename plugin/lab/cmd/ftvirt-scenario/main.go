@@ -91,6 +91,7 @@ func app() *cli.App {
 				&cli.DurationFlag{Name: "length", Usage: "begin no round of works after this `TIME`"},
 				&cli.StringSliceFlag{Name: "part", Usage: "only this `PART`"},
 				&cli.StringFlag{Name: "sources", Usage: "`DIRECTORY` of the C files that the guest compiles", Value: "plugin/qemu"},
+				&cli.StringFlag{Name: "debian", Usage: "`DIRECTORY` of the built Debian guest, for pgbench", Value: "build/debian"},
 				&cli.StringFlag{Name: "colo", Usage: "`DIRECTORY` of a QEMU whose COLO works", Value: "build/tools/qemu-colo"},
 				&cli.StringFlag{Name: "report", Usage: "`DIRECTORY` for tables, JSON and plots", Value: "build/bench"}),
 		},
