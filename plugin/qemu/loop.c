@@ -30,8 +30,10 @@
  */
 static bool goes_on(uint8_t kind)
 {
-    return (kind <= LAST_VCPU_KIND || ft_for_vcpu(kind)) &&
-           kind != FT_BLOCK_KIND && !q.all_cpu_threads_idle();
+    if (kind <= LAST_VCPU_KIND) {
+        return !q.all_cpu_threads_idle();
+    }
+    return kind != FT_BLOCK_KIND && ft_for_vcpu(kind);
 }
 
 /* An event of the log is next; in either thread, with the replay mutex held. */
