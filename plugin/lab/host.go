@@ -575,22 +575,27 @@ func (h *Host) withLog(err error, path string) error {
 // disk; the caller changes the description as it likes and passes it to
 // guest.DomainXML.
 func (h *Host) GuestDomain(ctx context.Context, n int, name, diskFormat string) (guest.Domain, error) {
-	disk := filepath.Join(ImageDir, name+"."+diskFormat)
+	d := DescribeGuest(n, name, diskFormat)
 	template := guest.Artifacts{DiskTemplate: h.Path(filepath.Join(GuestDir, "disk.raw"))}
-	if err := template.NewDisk(ctx, h.Path(disk), diskFormat); err != nil {
+	if err := template.NewDisk(ctx, h.Path(d.Disk), diskFormat); err != nil {
 		return guest.Domain{}, fmt.Errorf("%s: %w", h.Name, err)
 	}
+	return d, nil
+}
+
+// DescribeGuest describes the n-th guest without making its disk.
+func DescribeGuest(n int, name, diskFormat string) guest.Domain {
 	return guest.Domain{
 		Name:       name,
 		Kernel:     filepath.Join(GuestDir, "vmlinuz"),
 		Initrd:     filepath.Join(GuestDir, "initrd.gz"),
-		Disk:       disk,
+		Disk:       filepath.Join(ImageDir, name+"."+diskFormat),
 		DiskFormat: diskFormat,
 		Bridge:     ServiceBridge,
 		MAC:        fmt.Sprintf("52:54:00:77:01:%02x", n),
 		Address:    GuestAddr(n),
 		ConsoleLog: ConsolePath(name),
-	}, nil
+	}
 }
 
 // ConsolePath is where a host logs the console of the guest called name.

@@ -259,6 +259,12 @@ func (b *benchmark) serve(ctx context.Context, h *lab.Host, vm *VM, config strin
 	if _, _, err := vm.Guest.Run(ctx, servers); err != nil {
 		return subject{}, err
 	}
+	return b.suspended(ctx, h, vm, config)
+}
+
+// suspended makes a guest that is up a subject, protected if that is its
+// configuration, and suspends it until it is its turn.
+func (b *benchmark) suspended(ctx context.Context, h *lab.Host, vm *VM, config string) (subject, error) {
 	turn := func(command string) func(context.Context) error {
 		return func(ctx context.Context) error {
 			_, err := h.Virsh(ctx, command, vm.Name)

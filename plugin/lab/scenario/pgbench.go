@@ -6,12 +6,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os/exec"
 	"regexp"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
+
+	"ftvirt.org/ftvirt/plugin/lab/guest"
 )
 
 // ErrPgbench is wrapped when pgbench saw an error.
@@ -36,6 +39,14 @@ type Pgbench struct {
 	done     int // transactions that it counted
 }
 
+// pgbenchOf is the command that runs pgbench from the lab's client.
+func (r *run) pgbenchOf(debian guest.Debian, addr netip.Addr) func(context.Context, ...string) *exec.Cmd {
+	return func(ctx context.Context, arguments ...string) *exec.Cmd {
+		command := append([]string{debian.Pgbench, "--host", addr.String(), "--username", "postgres", "--no-vacuum", "--client", strconv.Itoa(pgbenchClients)}, arguments...)
+		return r.Client.Command(ctx, append(command, "postgres")...)
+	}
+}
+
 // StartPgbench begins with the command that runs it with some arguments.
 func StartPgbench(ctx context.Context, pgbench func(context.Context, ...string) *exec.Cmd) *Pgbench {
 	p := &Pgbench{}
@@ -58,15 +69,22 @@ func StartPgbench(ctx context.Context, pgbench func(context.Context, ...string) 
 func runPgbench(ctx context.Context, pgbench func(context.Context, ...string) *exec.Cmd) (int, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, pgbenchLimit, fmt.Errorf("a run of %v has not ended within %v", pgbenchRun, pgbenchLimit))
 	defer cancel()
-	cmd := pgbench(ctx, "--no-vacuum", "--client", strconv.Itoa(pgbenchClients), "--rate", strconv.Itoa(pgbenchRate),
-		"--time", strconv.Itoa(int(pgbenchRun.Seconds())))
-	var said strings.Builder
-	cmd.Stderr = &said
-	out, err := cmd.Output()
+	report, err := reportOf(ctx, pgbench(ctx, "--rate", strconv.Itoa(pgbenchRate), "--time", strconv.Itoa(int(pgbenchRun.Seconds()))))
 	if err != nil {
-		return 0, fmt.Errorf("%w: %w: %w: %s", ErrPgbench, err, context.Cause(ctx), tail(said.String(), 5))
+		return 0, err
 	}
-	return transactions(string(out))
+	return transactions(report)
+}
+
+// reportOf runs pgbench and returns what it printed.
+func reportOf(ctx context.Context, pgbench *exec.Cmd) (string, error) {
+	var said strings.Builder
+	pgbench.Stderr = &said
+	out, err := pgbench.Output()
+	if err != nil {
+		return "", fmt.Errorf("%w: %w: %w: %s", ErrPgbench, err, context.Cause(ctx), tail(said.String(), 5))
+	}
+	return string(out), nil
 }
 
 var (

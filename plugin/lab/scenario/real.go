@@ -127,12 +127,25 @@ func (s *server) boot(ctx context.Context) error {
 		return err
 	}
 	s.say("%s boots on %s", name, a.Name)
+	if err := waitPostgres(ctx, s.Client.Dial, addr); err != nil {
+		return err
+	}
+	out, err := s.command(ctx, "systemctl is-system-running --wait; systemctl --failed --no-legend")
+	if err != nil {
+		return fmt.Errorf("%w: %w: %s", ErrReal, err, out)
+	}
+	s.say("%s has booted within %.0f s: %s", name, time.Since(began).Seconds(), strings.TrimSpace(out))
+	return nil
+}
+
+// waitPostgres waits until a Debian guest that boots has its database.
+func waitPostgres(ctx context.Context, dial guest.DialFunc, addr netip.Addr) error {
 	var last error
-	err = poll(ctx, realBootTimeout, func(ctx context.Context) (bool, error) {
+	err := poll(ctx, realBootTimeout, func(ctx context.Context) (bool, error) {
 		attempt, cancel := context.WithTimeout(ctx, commandTimeout)
 		defer cancel()
 		var db *postgres
-		if db, last = dialPostgres(attempt, s.Client.Dial, addr); last == nil {
+		if db, last = dialPostgres(attempt, dial, addr); last == nil {
 			db.Close()
 			return true, nil
 		}
@@ -141,11 +154,6 @@ func (s *server) boot(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(err, last)
 	}
-	out, err := s.command(ctx, "systemctl is-system-running --wait; systemctl --failed --no-legend")
-	if err != nil {
-		return fmt.Errorf("%w: %w: %s", ErrReal, err, out)
-	}
-	s.say("%s has booted within %.0f s: %s", name, time.Since(began).Seconds(), strings.TrimSpace(out))
 	return nil
 }
 
@@ -188,9 +196,7 @@ func (s *server) load(ctx context.Context) (err error) {
 		return err
 	}
 	s.web = StartWeb(ctx, s.Client.Dial, netip.AddrPortFrom(addr, guest.PortHTTP), guest.ContentPath, content)
-	s.pgbench = StartPgbench(ctx, func(ctx context.Context, arguments ...string) *exec.Cmd {
-		return s.Client.Command(ctx, append([]string{s.debian.Pgbench, "--host", addr.String(), "--username", "postgres"}, append(arguments, "postgres")...)...)
-	})
+	s.pgbench = StartPgbench(ctx, s.pgbenchOf(s.debian, addr))
 	return s.await(ctx)
 }
 
