@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -94,6 +95,66 @@ func badWire(t *testing.T, hosta, hostb *lab.Host) {
 		})
 		comes(t, conn, "cut?")
 	}
+	datagrams := udpEcho(t, hosta, hostb)
+	for _, w := range [][2]lab.Weather{{{NoTCP: true}, {}}, {{}, {NoTCP: true}}} {
+		disturb(w[0], w[1], func() {
+			echo(t, datagrams, "UDP")
+			if !silent(t, conn) {
+				t.Errorf("out %s, in %s: TCP comes through", w[0], w[1])
+			}
+		})
+		comes(t, conn, "cut?")
+	}
+	const largest = 1000
+	for _, w := range [][2]lab.Weather{{{Largest: largest}, {}}, {{}, {Largest: largest}}} {
+		large := strings.Repeat("x", 10*largest)
+		disturb(w[0], w[1], func() {
+			echo(t, conn, "small")
+			if _, err := io.WriteString(conn, large); err != nil {
+				t.Fatal(err)
+			}
+			if !silent(t, conn) {
+				t.Errorf("out %s, in %s: large packets come through", w[0], w[1])
+			}
+		})
+		comes(t, conn, large+"cut?")
+	}
+}
+
+// udpEcho gives a socket of one host whose datagrams another sends back.
+func udpEcho(t *testing.T, from, to *lab.Host) net.Conn {
+	t.Helper()
+	var conn net.Conn
+	address := netip.AddrPortFrom(to.LoggingAddr(), 9999)
+	err := to.InNetwork(func() error {
+		server, err := net.ListenPacket("udp", address.String())
+		if err != nil {
+			return err
+		}
+		t.Cleanup(func() { _ = server.Close() })
+		go func() {
+			buf := make([]byte, 2048)
+			for {
+				n, from, err := server.ReadFrom(buf)
+				if err != nil {
+					return
+				}
+				_, _ = server.WriteTo(buf[:n], from)
+			}
+		}()
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := from.InNetwork(func() (err error) {
+		conn, err = net.Dial("udp", address.String())
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
 }
 
 // comes demands what was sent before.

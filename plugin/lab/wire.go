@@ -5,6 +5,7 @@ package lab
 import (
 	"container/heap"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -27,6 +28,12 @@ type Weather struct {
 	Drop float64
 	// Reorder lets frames overtake each other by Jitter.
 	Reorder bool
+	// NoTCP loses what is TCP, as a firewall that forgot its connections does,
+	// while all else passes.
+	NoTCP bool
+	// Largest, unless 0, loses IP packets of more bytes, and tells nobody: the
+	// black hole of a path with a smaller MTU than its ends believe.
+	Largest int
 }
 
 func (w Weather) String() string {
@@ -42,6 +49,12 @@ func (w Weather) String() string {
 	}
 	if w.Reorder {
 		words = append(words, "out of order")
+	}
+	if w.NoTCP {
+		words = append(words, "without TCP")
+	}
+	if w.Largest > 0 {
+		words = append(words, fmt.Sprintf("packets of more than %d bytes lost", w.Largest))
 	}
 	if w.Drop > 0 {
 		words = append(words, fmt.Sprintf("%.0f %% lost", 100*w.Drop))
@@ -227,9 +240,44 @@ func newFrameQueue(w Weather, random func() float64) *frameQueue {
 	return &frameQueue{weather: w, random: random}
 }
 
+// Where things are in a frame with its offload header, see virtio_net_hdr and
+// virtio's section 5.1.6.
+const (
+	offloadHeader = 10
+	etherHeader   = 14
+	segmented     = 1 // not 0 if the kernel left the cutting of segments to the card
+	headersSize   = 2 // of each such segment
+	segmentSize   = 4 // of what each carries behind its headers
+)
+
+// loses tells what does not depend on chance.
+func (w Weather) loses(frame []byte) bool {
+	if w.Cut {
+		return true
+	}
+	if len(frame) < offloadHeader+etherHeader {
+		return false
+	}
+	packet := frame[offloadHeader+etherHeader:]
+	size := len(packet)
+	if frame[segmented] != 0 {
+		size = int(binary.NativeEndian.Uint16(frame[headersSize:])) - etherHeader + int(binary.NativeEndian.Uint16(frame[segmentSize:]))
+	}
+	protocol := -1
+	switch ether := binary.BigEndian.Uint16(frame[offloadHeader+etherHeader-2:]); {
+	case ether == unix.ETH_P_IP && len(packet) >= 20:
+		protocol = int(packet[9])
+	case ether == unix.ETH_P_IPV6 && len(packet) >= 40:
+		protocol = int(packet[6])
+	default:
+		return false // no IP
+	}
+	return w.NoTCP && protocol == unix.IPPROTO_TCP || w.Largest > 0 && size > w.Largest
+}
+
 // push takes a copy of a frame, or loses it.
 func (q *frameQueue) push(frame []byte, now time.Time) {
-	if q.weather.Cut || q.weather.Drop > 0 && q.random() < q.weather.Drop {
+	if q.weather.loses(frame) || q.weather.Drop > 0 && q.random() < q.weather.Drop {
 		return
 	}
 	due := now.Add(q.weather.Delay)
