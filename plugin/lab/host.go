@@ -53,10 +53,14 @@ func (h *Host) Path(path string) string {
 			return inside
 		}
 	}
-	for _, mount := range [][2]string{
+	mounts := [][2]string{
 		{ArbiterDir, filepath.Join(h.lab.dir, "arbiter")},
 		{BinDir, h.lab.state.Bin},
-	} {
+	}
+	if h.lab.state.Shared {
+		mounts = append(mounts, [2]string{ImageDir, h.lab.sharedImages()})
+	}
+	for _, mount := range mounts {
 		if rest, ok := strings.CutPrefix(path, mount[0]); ok && (rest == "" || rest[0] == '/') {
 			return mount[1] + rest
 		}
@@ -248,6 +252,9 @@ func (h *Host) WriteConfig(change func(*config.Config)) error {
 	c.Agent.PluginFile = filepath.Join(BinDir, "ftvirt.so")
 	channel, heartbeat := addPort(h.LoggingAddr(), c.Channel.Listen), addPort(h.LoggingAddr(), c.Heartbeat.Listen)
 	c.Arbiter.Path = ArbiterDir
+	if h.lab.state.Shared {
+		c.Clone.DiskDir = ImageDir
+	}
 	for _, peer := range h.lab.hosts {
 		if peer.Name != h.Name {
 			c.Peers[peer.Name] = config.Peer{
@@ -304,7 +311,10 @@ func (h *Host) boot(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	args := []string{h.Name, filepath.Join(h.lab.dir, "arbiter"), h.lab.state.Bin}
+	args := []string{h.Name, filepath.Join(h.lab.dir, "arbiter"), h.lab.state.Bin, ""}
+	if h.lab.state.Shared {
+		args[3] = h.lab.sharedImages()
+	}
 	if len(join) > 0 {
 		args = append(args, "cgroup")
 	}

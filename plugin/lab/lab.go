@@ -72,7 +72,7 @@ const (
 	ArbiterDir = "/srv/ftvirt-arbiter" // shared by all hosts
 	BinDir     = "/srv/ftvirt"         // Options.Bin, read-only
 	GuestDir   = "/srv/guest"          // Options.Guest, copied
-	ImageDir   = "/srv/images"         // the host's own disks
+	ImageDir   = "/srv/images"         // the host's own disks; see Options.SharedImages
 	ConsoleDir = "/var/log/libvirt/consoles"
 
 	ServiceBridge = "br-service" // guests' network cards attach here
@@ -109,6 +109,9 @@ type Options struct {
 	Bin string
 	// NoAgent leaves the agents to StartAgent.
 	NoAgent bool
+	// SharedImages gives all hosts one ImageDir, as on NFS, and has them keep
+	// their replicas there too.
+	SharedImages bool
 	// Guest is copied to GuestDir of each host unless empty.
 	Guest guest.Artifacts
 	// Configure changes a host's ftvirt.toml before it is written.
@@ -233,8 +236,10 @@ func Up(ctx context.Context, o Options) (*Lab, error) {
 }
 
 func (l *Lab) up(ctx context.Context, o Options) error {
-	if err := os.MkdirAll(filepath.Join(l.dir, "arbiter"), 0o755); err != nil {
-		return err
+	for _, shared := range []string{filepath.Join(l.dir, "arbiter"), l.sharedImages()} {
+		if err := os.MkdirAll(shared, 0o755); err != nil {
+			return err
+		}
 	}
 	if err := l.saveState(); err != nil {
 		return err
@@ -349,6 +354,9 @@ func (l *Lab) Name() string { return l.state.Name }
 
 // Dir is the lab's state directory on the machine.
 func (l *Lab) Dir() string { return l.dir }
+
+// sharedImages is where the machine finds the ImageDir that all hosts share.
+func (l *Lab) sharedImages() string { return filepath.Join(l.dir, "images") }
 
 // HasCgroups tells whether the machine lets the lab's hosts have control groups.
 func (l *Lab) HasCgroups() bool { return len(l.state.Cgroups) > 0 }

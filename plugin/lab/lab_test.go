@@ -124,6 +124,34 @@ func TestGuest(t *testing.T) {
 	}
 }
 
+// TestSharedImages: what one host writes to its image directory, the other has.
+func TestSharedImages(t *testing.T) {
+	l := labtest.Up(t, lab.Options{NoAgent: true, SharedImages: true})
+	a, b := host(t, l, "hosta"), host(t, l, "hostb")
+	path := filepath.Join(lab.ImageDir, "image")
+	if _, err := a.Exec(within(t), "/bin/sh", "-c", "echo shared >"+path); err != nil {
+		t.Fatal(err)
+	}
+	for _, h := range []*lab.Host{a, b} {
+		if out, err := h.Exec(within(t), "cat", path); err != nil || out != "shared\n" {
+			t.Errorf("%s has %q, %v", h.Name, out, err)
+		}
+		if text, err := os.ReadFile(h.Path(path)); err != nil || string(text) != "shared\n" {
+			t.Errorf("the machine has %q of %s, %v", text, h.Name, err)
+		}
+		c, err := config.Load(h.Path(config.DefaultPath))
+		if err != nil || c.Clone.DiskDir != lab.ImageDir {
+			t.Errorf("%s keeps replicas in %q, %v", h.Name, c.Clone.DiskDir, err)
+		}
+	}
+	if _, err := b.Exec(within(t), "rm", path); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(a.Path(path)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a file that %s removed is there for %s: %v", b.Name, a.Name, err)
+	}
+}
+
 // consoleAnswers types a command into the guest's serial console. QEMU notices
 // within a second that somebody has opened the terminal, so it stays open until
 // the answer is there.

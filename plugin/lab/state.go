@@ -32,6 +32,7 @@ type state struct {
 	Hosts     []string           `json:"hosts"`
 	Bin       string             `json:"bin"`
 	NoAgent   bool               `json:"no_agent"`
+	Shared    bool               `json:"shared_images"`
 	Processes map[string]process `json:"processes"`
 	// Cgroups are the directories that hold the lab's control groups.
 	Cgroups []string `json:"cgroups"`
@@ -48,6 +49,7 @@ func newState(o Options) *state {
 	names := []string{"hosta", "hostb", "hostc"}
 	return &state{
 		Name: o.Name, Created: time.Now().Round(time.Second), Hosts: names[:o.Hosts], Bin: o.Bin, NoAgent: o.NoAgent,
+		Shared:    o.SharedImages,
 		Processes: map[string]process{}, Cgroups: cgroupDirs(o.Name),
 	}
 }

@@ -32,6 +32,8 @@ type Options struct {
 	DebianDir string
 	// HostCount is the number of hosts; 0 means two.
 	HostCount int
+	// SharedImages has all hosts keep their disks and replicas in one directory.
+	SharedImages bool
 	// Keep leaves the lab up at the end.
 	Keep bool
 	// Evidence is where logs go when something fails, or always with Logs.
@@ -100,7 +102,7 @@ func (r *run) inLab(ctx context.Context, name string, scenario func(context.Cont
 	}
 	r.say("starting lab %s: %d hosts with their own libvirtd and ftvirt agent, and a client", r.Name, max(r.HostCount, 2))
 	r.Bed, err = Up(ctx, lab.Options{
-		Name: r.Name, Hosts: r.HostCount, Bin: r.Bin, Guest: *r.guest, Ephemeral: !r.Keep,
+		Name: r.Name, Hosts: r.HostCount, Bin: r.Bin, Guest: *r.guest, Ephemeral: !r.Keep, SharedImages: r.SharedImages,
 		Configure: func(c *config.Config) {
 			c.Replay.LogDir = logDir
 			r.configure(c)

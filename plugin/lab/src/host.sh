@@ -3,13 +3,14 @@
 # Process 1 of a lab's host. Every mount below is the host's own, and goes with
 # it; the machine's mounts are not touched.
 #
-#   sh -eu host.sh NAME ARBITER BIN [cgroup]
+#   sh -eu host.sh NAME ARBITER BIN IMAGES [cgroup]
 #
 # The working directory is the host's directory in the lab's state, with etc,
-# run, var, srv and tmp in it. BIN may be empty. It runs in new net, pid, mount,
-# uts and ipc namespaces.
+# run, var, srv and tmp in it. BIN may be empty.
+# IMAGES is what all hosts have as srv/images, or empty if each has its own. It
+# runs in new net, pid, mount, uts and ipc namespaces.
 
-name=$1 arbiter=$2 bin=$3 cgroup=${4:-}
+name=$1 arbiter=$2 bin=$3 images=$4 cgroup=${5:-}
 
 if [ -z "${FTVIRT_LAB_STARTED:-}" ]; then
 	# See node.sh. The starter has put this process into the host's control
@@ -49,6 +50,7 @@ fi
 mkdir -p srv/ftvirt-arbiter srv/ftvirt
 mount --bind "$arbiter" srv/ftvirt-arbiter
 [ -z "$bin" ] || mount --bind -o ro "$bin" srv/ftvirt
+[ -z "$images" ] || mount --bind "$images" srv/images
 mount --rbind srv /srv
 for dir in etc run var tmp; do
 	mount --bind "$dir" "/$dir"

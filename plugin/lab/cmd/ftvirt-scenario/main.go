@@ -63,6 +63,7 @@ func app() *cli.App {
 				Name: c.String("name"), Bin: c.String("bin"), GuestDir: c.String("guest"), DebianDir: c.String("debian"), Evidence: c.String("evidence"),
 				Logs: c.Bool("logs"), Keep: c.Bool("keep"), Rounds: c.Int("n"), Only: only, Seed: c.Uint64("seed"), Length: c.Duration("length"),
 				Quick: c.Bool("quick"), Parts: c.StringSlice("part"), Sources: c.String("sources"), Report: c.String("report"), COLO: c.String("colo"), Out: c.App.Writer,
+				SharedImages: c.Bool("shared-images"),
 			})
 			if err != nil {
 				return fmt.Errorf("%w: %w", errReported, err)
@@ -85,7 +86,8 @@ func app() *cli.App {
 			command("soak-clone", "make and discard backups again and again", scenario.SoakClone, rounds(200)),
 			command("chaos", "let things go wrong at random on three hosts", scenario.Chaos,
 				&cli.Uint64Flag{Name: "seed", Usage: "the `NUMBER` that the faults follow from", Value: 1},
-				&cli.DurationFlag{Name: "length", Usage: "how long `TIME` faults happen", Value: 5 * time.Minute}),
+				&cli.DurationFlag{Name: "length", Usage: "how long `TIME` faults happen", Value: 5 * time.Minute},
+				&cli.BoolFlag{Name: "shared-images", Usage: "all hosts keep disks and replicas in one directory"}),
 			command("bench", "measure what protection costs", scenario.Bench,
 				&cli.BoolFlag{Name: "quick", Usage: "fewer works, configurations and rounds"},
 				&cli.DurationFlag{Name: "length", Usage: "begin no round of works after this `TIME`"},
