@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"ftvirt.org/ftvirt/plugin/config"
 	"ftvirt.org/ftvirt/plugin/lab"
 	"ftvirt.org/ftvirt/plugin/lab/guest"
@@ -94,6 +96,18 @@ func TestGuest(t *testing.T) {
 		}
 		return s.Lines >= 20 && s.LoadOps >= 20
 	})
+	grows(t, client, h.Path(filepath.Join(lab.ImageDir, "guest0.qcow2")))
+	reboots(t, client)
+	if err := errors.Join(client.StartLines(within(t), 50), client.StartLoad(within(t), 50)); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "20 disk operations after the reboot", func() bool {
+		s, err := client.Status(within(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s.LoadOps >= 20
+	})
 	digest, err := client.Quiesce(within(t))
 	if err != nil {
 		t.Fatal(err)
@@ -149,6 +163,43 @@ func TestSharedImages(t *testing.T) {
 	}
 	if _, err := os.Stat(a.Path(path)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("a file that %s removed is there for %s: %v", b.Name, a.Name, err)
+	}
+}
+
+// grows demands that the image of the guest's disk grows if the guest is told to.
+func grows(t *testing.T, client guest.Client, image string) {
+	t.Helper()
+	const kib = 512
+	size := func() int64 {
+		var s unix.Stat_t
+		if err := unix.Stat(image, &s); err != nil {
+			t.Fatal(err)
+		}
+		return s.Blocks / 2
+	}
+	for range 2 {
+		before := size()
+		if err := client.Grow(within(t), kib); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "a larger image", func() bool { return size() >= before+kib })
+	}
+}
+
+// reboots demands that the guest comes back by itself with each line that it said
+// to be on its disk.
+func reboots(t *testing.T, client guest.Client) {
+	t.Helper()
+	lines, err := client.Reboot(within(t))
+	if err != nil || lines < 20 {
+		t.Fatalf("reboot: %d lines, %v", lines, err)
+	}
+	if err := client.WaitReady(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	s, err := client.Status(within(t))
+	if err != nil || s.Lines < lines || s.LinesRunning || s.LoadOps != 0 {
+		t.Errorf("after the reboot: %+v, %v; there were %d lines", s, err, lines)
 	}
 }
 

@@ -94,6 +94,24 @@ func (c Client) PowerOff(ctx context.Context) error {
 	return err
 }
 
+// Grow makes the guest write so many KiB, in the background, where its disk was
+// never written, so that the disk's image must grow.
+func (c Client) Grow(ctx context.Context, kib int) error {
+	_, err := c.command(ctx, PortControl, fmt.Sprintf("grow %d", kib))
+	return err
+}
+
+// Reboot makes the guest reboot at once, without syncing its disk, and returns
+// how many lines were on that by then. The answer may get lost with all that the
+// guest had in memory.
+func (c Client) Reboot(ctx context.Context) (lines int, err error) {
+	f, err := c.command(ctx, PortControl, "reboot")
+	if err != nil {
+		return 0, err
+	}
+	return f.number("lines"), f.err
+}
+
 // Quiesce stops the guest's writers, syncs its disk and returns what it holds.
 // The writers stay stopped until started again.
 func (c Client) Quiesce(ctx context.Context) (Digest, error) {

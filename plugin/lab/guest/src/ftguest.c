@@ -7,7 +7,7 @@
 //   TCP 7   echo
 //   TCP 8   control, one command per line, one reply line each:
 //             status | lines start RATE | lines stop | load start RATE |
-//             load stop | sync | poweroff
+//             load stop | grow KIB | sync | poweroff | reboot
 //   TCP 9   quiesces (writers stopped, disk synced) and answers one line with
 //           the number and checksum of what was written, then closes
 //   TCP 10  ledger: takes records of 16 bytes for good, and answers each with the
@@ -18,6 +18,9 @@
 // The lines writer appends records "L NUMBER MILLISECONDS CRC32\n" to
 // /data/lines, syncs each, and then prints it on the console. The load writer
 // rewrites and re-reads random blocks of /data/load past the page cache.
+// grow writes where the disk was never written, so that its image must grow.
+// reboot is one without any preparation: what was not synced is lost. Its answer
+// says how many lines were.
 // Each writer is a process of its own, so that its waiting for the disk does
 // not hold up the echo; what it has done is in memory shared with the main one.
 
@@ -35,6 +38,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/reboot.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -42,10 +46,12 @@
 
 #define LINES_FILE "/data/lines"
 #define LOAD_FILE "/data/load"
+#define GROWN_FILE "/data/grown"
 
 enum {
 	MAX_CLIENTS = 64,
 	MAX_RATE = 10000,
+	MAX_GROWTH = 1024, // KiB
 	COMMAND_SIZE = 256,
 	BLOCK_SIZE = 4096,
 	LOAD_BLOCKS = 1024,
@@ -81,7 +87,7 @@ struct client {
 };
 
 static struct shared *shared;
-static pid_t lines_pid, load_pid;
+static pid_t lines_pid, load_pid, grow_pid;
 static int power_off;
 static uint64_t echo_bytes;
 static uint64_t ledger_count;
@@ -186,6 +192,22 @@ static uint64_t last_line(int fd)
 	return sscanf(start, "L %llu ", &number) == 1 ? number : 0;
 }
 
+// recall_lines finds out what an earlier run of the guest left. A line that was being
+// written when it ended was never said to be on the disk.
+static void recall_lines(void)
+{
+	int fd = open(LINES_FILE, O_RDWR);
+	off_t size = fd < 0 ? 0 : lseek(fd, 0, SEEK_END);
+	char c = '\n';
+
+	while (size > 0 && pread(fd, &c, 1, size - 1) == 1 && c != '\n')
+		size--;
+	if (fd < 0 || ftruncate(fd, size))
+		return;
+	shared->lines = last_line(fd);
+	close(fd);
+}
+
 static void write_lines(unsigned rate)
 {
 	int fd = open(LINES_FILE, O_RDWR | O_CREAT | O_APPEND, 0644);
@@ -270,6 +292,18 @@ static void write_load(unsigned rate)
 	exit(0);
 }
 
+static void grow(unsigned kib)
+{
+	static char block[BLOCK_SIZE];
+	int fd = open(GROWN_FILE, O_WRONLY | O_CREAT | O_APPEND, 0644);
+	int bad = fd < 0;
+
+	memset(block, 0x5a, sizeof block);
+	for (unsigned written = 0; !bad && written < kib; written += BLOCK_SIZE / 1024)
+		bad = write_all(fd, block, sizeof block);
+	exit(bad || fdatasync(fd) || close(fd));
+}
+
 static int running(pid_t *pid)
 {
 	if (*pid > 0 && waitpid(*pid, NULL, WNOHANG) == *pid)
@@ -318,12 +352,12 @@ static int reply(int fd, const char *format, ...)
 	return write_all(fd, line, (size_t)n);
 }
 
-static unsigned parse_rate(const char *text)
+static unsigned parse_number(const char *text, unsigned most)
 {
 	char *end;
-	unsigned long rate = strtoul(text, &end, 10);
+	unsigned long number = strtoul(text, &end, 10);
 
-	return end == text || *end || rate > MAX_RATE ? 0 : (unsigned)rate;
+	return end == text || *end || number > most ? 0 : (unsigned)number;
 }
 
 static void command(int fd, const char *line)
@@ -339,7 +373,7 @@ static void command(int fd, const char *line)
 		      running(&load_pid), (unsigned long long)shared->load_errors,
 		      (unsigned long long)echo_bytes);
 	} else if (words == 3 && (is_lines || !strcmp(word[0], "load")) && !strcmp(word[1], "start")) {
-		unsigned rate = parse_rate(word[2]);
+		unsigned rate = parse_number(word[2], MAX_RATE);
 		if (!rate) {
 			reply(fd, "error: rate must be 1 to %d per second: %s\n", MAX_RATE, word[2]);
 			return;
@@ -349,12 +383,23 @@ static void command(int fd, const char *line)
 	} else if (words == 2 && (is_lines || !strcmp(word[0], "load")) && !strcmp(word[1], "stop")) {
 		stop(is_lines ? &lines_pid : &load_pid);
 		reply(fd, "ok\n");
+	} else if (words == 2 && !strcmp(word[0], "grow")) {
+		unsigned kib = parse_number(word[1], MAX_GROWTH);
+		if (!kib) {
+			reply(fd, "error: a disk grows by 1 to %d KiB: %s\n", MAX_GROWTH, word[1]);
+			return;
+		}
+		start(&grow_pid, kib, grow);
+		reply(fd, "ok\n");
 	} else if (words == 1 && !strcmp(word[0], "sync")) {
 		sync();
 		reply(fd, "ok\n");
 	} else if (words == 1 && !strcmp(word[0], "poweroff")) {
 		reply(fd, "ok\n");
 		power_off = 1;
+	} else if (words == 1 && !strcmp(word[0], "reboot")) {
+		reply(fd, "ok lines=%llu\n", (unsigned long long)shared->lines);
+		reboot(RB_AUTOBOOT);
 	} else if (words > 0) {
 		reply(fd, "error: unknown command: %s\n", line);
 	}
@@ -369,6 +414,7 @@ static void quiesce_and_hash(int fd)
 
 	stop(&lines_pid);
 	stop(&load_pid);
+	stop(&grow_pid);
 	sync();
 	int file = open(LINES_FILE, O_RDONLY);
 	while (file >= 0 && (n = read(file, buffer, sizeof buffer)) > 0) {
@@ -562,10 +608,11 @@ int main(int argc, char **argv)
 	add(STDIN_FILENO, CONSOLE);
 	watch_power_button();
 
-	unsigned rate = argc > 1 ? parse_rate(argv[1]) : 0;
+	recall_lines();
+	unsigned rate = argc > 1 ? parse_number(argv[1], MAX_RATE) : 0;
 	if (rate)
 		start(&lines_pid, rate, write_lines);
-	rate = argc > 2 ? parse_rate(argv[2]) : 0;
+	rate = argc > 2 ? parse_number(argv[2], MAX_RATE) : 0;
 	if (rate)
 		start(&load_pid, rate, write_load);
 	reply(STDOUT_FILENO, "ftguest ready uptime_ms=%llu\n", (unsigned long long)now_ms());
@@ -579,6 +626,7 @@ int main(int argc, char **argv)
 	}
 	stop(&lines_pid);
 	stop(&load_pid);
+	stop(&grow_pid);
 	sync();
 	reply(STDOUT_FILENO, "ftguest poweroff\n");
 	return 0;
