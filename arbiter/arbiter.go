@@ -58,6 +58,10 @@ type Arbiter interface {
 	// host owns the epoch, the answer is a *LostError and nothing is closed.
 	Close(ctx context.Context, domain plugin.UUID, epoch plugin.Epoch, host string) error
 
+	// Probe tells whether a decision about domain could be made now: it reads
+	// what is known of it, and writes to the storage what decides nothing.
+	Probe(ctx context.Context, domain plugin.UUID) error
+
 	// Forget removes what is known of a domain. Its past epochs stay fenced.
 	Forget(ctx context.Context, domain plugin.UUID) error
 }

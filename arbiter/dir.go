@@ -274,6 +274,31 @@ func (d *Dir) close(ctx context.Context, domain plugin.UUID, epoch plugin.Epoch,
 	return rec, err
 }
 
+// Probe implements Arbiter. What it writes has no name that counts.
+func (d *Dir) Probe(ctx context.Context, domain plugin.UUID) error {
+	what := fmt.Sprintf("probing the arbiter of domain %s", domain)
+	_, err := do(ctx, d.guard, what, func(ctx context.Context) (struct{}, error) {
+		return struct{}{}, d.probe(ctx, domain)
+	})
+	return err
+}
+
+func (d *Dir) probe(ctx context.Context, domain plugin.UUID) error {
+	if _, err := d.load(ctx, domain); err != nil {
+		return err
+	}
+	if err := d.makeDomainDir(ctx, domain); err != nil {
+		return err
+	}
+	c := contents{Kind: kindOpen, Domain: domain.String(), Token: newToken(), Time: d.clock()}
+	text, err := c.encode()
+	if err != nil {
+		return err
+	}
+	temp := filepath.Join(d.domainDir(domain), tempPrefix+c.Token)
+	return errors.Join(d.writeTemp(ctx, temp, text), d.removeTemp(ctx, temp))
+}
+
 // Forget implements Arbiter. One small file stays behind for the domain: it
 // keeps a host that was away from acquiring an epoch of the past, whose number
 // would otherwise come again.

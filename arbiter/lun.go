@@ -408,6 +408,23 @@ func (l *lun) forget(ctx context.Context, domain plugin.UUID) error {
 	}
 }
 
+// probe writes the scratch block. If another host was faster, that does as well.
+func (l *lun) probe(ctx context.Context, domain plugin.UUID) error {
+	u, err := l.attach(ctx)
+	if err != nil {
+		return err
+	}
+	if p, err := u.find(ctx, domain); err != nil || p.corrupt != nil {
+		return cmp.Or(err, p.corrupt)
+	}
+	raw, err := u.read(ctx, scratchBlock)
+	if err != nil {
+		return err
+	}
+	_, err = u.swap(ctx, scratchBlock, raw, u.noise())
+	return err
+}
+
 // read reads one block.
 func (u unit) read(ctx context.Context, lba uint64) ([]byte, error) {
 	raw := make([]byte, u.size)

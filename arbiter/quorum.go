@@ -154,6 +154,18 @@ func (q *quorum) forget(ctx context.Context, domain plugin.UUID) error {
 	return q.update(ctx, domain, func(s state) (state, error) { return s.forget(), nil })
 }
 
+// probe lets the witnesses agree on something new of the domain that nobody has.
+func (q *quorum) probe(ctx context.Context, domain plugin.UUID) error {
+	if err := q.update(ctx, domain, func(s state) (state, error) { return s, nil }); err != nil {
+		return err
+	}
+	token := newToken()
+	return q.update(ctx, plugin.UUID{}, func(s state) (state, error) {
+		s.token = token
+		return s, nil
+	})
+}
+
 func (q *quorum) update(ctx context.Context, domain plugin.UUID, change func(state) (state, error)) error {
 	ask, cancel := q.lifetime(ctx)
 	// verdict is of the last call of change, which is the one that counts.

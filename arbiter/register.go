@@ -22,6 +22,8 @@ type register interface {
 	// forget is update with state.forget, which must also do for a domain
 	// whose state cannot be trusted, if anything tells its newest epoch.
 	forget(ctx context.Context, domain plugin.UUID) error
+	// probe reads domain's state, and changes something that is nobody's.
+	probe(ctx context.Context, domain plugin.UUID) error
 }
 
 // registered is the arbiter on a register.
@@ -96,6 +98,15 @@ func (r registered) Close(ctx context.Context, domain plugin.UUID, epoch plugin.
 	what := fmt.Sprintf("closing epoch %d of domain %s for host %s", epoch, domain, host)
 	now := timestamp()
 	return r.update(ctx, domain, what, func(s state) (state, error) { return s.close(domain, epoch, host, now) })
+}
+
+// Probe implements Arbiter.
+func (r registered) Probe(ctx context.Context, domain plugin.UUID) error {
+	what := fmt.Sprintf("probing the arbiter of domain %s", domain)
+	_, err := do(ctx, r.guard, what, func(ctx context.Context) (struct{}, error) {
+		return struct{}{}, r.reg.probe(ctx, domain)
+	})
+	return err
 }
 
 // Forget implements Arbiter. The fence stays behind.

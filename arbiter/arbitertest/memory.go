@@ -138,6 +138,15 @@ func (m *Memory) Close(ctx context.Context, domain plugin.UUID, epoch plugin.Epo
 	return nil
 }
 
+// Probe implements arbiter.Arbiter.
+func (m *Memory) Probe(ctx context.Context, domain plugin.UUID) error {
+	if _, err := m.enter(ctx, domain); err != nil {
+		return err
+	}
+	m.mu.Unlock()
+	return nil
+}
+
 // Forget implements arbiter.Arbiter.
 func (m *Memory) Forget(ctx context.Context, domain plugin.UUID) error {
 	d, err := m.enter(ctx, domain)

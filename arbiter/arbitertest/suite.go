@@ -191,6 +191,10 @@ func testLifecycle(t *testing.T, b Backend) {
 	if rec := s.mustLookup(); rec.Epoch != epoch || rec.Domain != s.domain || rec.Primary != hostA || rec.Backup != hostB || !rec.Undecided() {
 		t.Fatalf("after Open: %+v", rec)
 	}
+	before := s.mustLookup()
+	if err := s.Probe(t.Context(), s.domain); err != nil || s.mustLookup() != before {
+		t.Fatalf("Probe: %v; %+v became %+v", err, before, s.mustLookup())
+	}
 	s.mustAcquire(epoch, hostB)
 	s.mustAcquire(epoch, hostB)
 	s.wantLost(s.Acquire(t.Context(), s.domain, epoch, hostA), hostB, false)
@@ -543,6 +547,7 @@ func testAway(t *testing.T, b Backend) {
 	for name, err := range map[string]error{
 		"Acquire": s.Acquire(t.Context(), s.domain, epoch, hostA),
 		"Close":   s.Close(t.Context(), s.domain, epoch, hostA),
+		"Probe":   s.Probe(t.Context(), s.domain),
 		"Forget":  s.Forget(t.Context(), s.domain),
 	} {
 		if !errors.Is(err, arbiter.ErrUnavailable) {
@@ -618,6 +623,7 @@ func testReadOnly(t *testing.T, b Backend) {
 	}
 	_, err := s.Open(t.Context(), s.domain, hostA, hostC)
 	s.wantErr(err, arbiter.ErrUnavailable)
+	s.wantErr(s.Probe(t.Context(), s.domain), arbiter.ErrUnavailable)
 	mend()
 	other.mustAcquire(undecided, hostB)
 	s.mustOpen(hostA, hostC)

@@ -186,6 +186,7 @@ func (b *backup) open(ctx context.Context, in *channel.Incoming, end plugin.Posi
 			return nil, b.receiver.Finish(ctx, r.Epoch)
 		}),
 		migrate.MethodDiscard: handler(b.discardRequest),
+		methodArbiter:         handler(b.answersHere),
 		methodLook:            handler(b.look),
 		methodHashes:          handler(b.hashes),
 		methodDiffers:         handler(b.differs),

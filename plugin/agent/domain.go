@@ -50,6 +50,9 @@ type domain struct {
 	adoptions int // of what an earlier agent left, under way
 	removals  int // of copies here, under way
 
+	waiters  []waiter // for what users asked for
+	probeErr error    // why the arbiter would not answer them
+
 	verifying sync.Mutex    // held while both sides are compared
 	enabling  sync.Mutex    // held while a clone is being begun
 	kicked    chan struct{} // wakes keep

@@ -230,18 +230,43 @@ func (d *domain) untilBegun(ctx context.Context, epoch plugin.Epoch) error {
 	}
 }
 
-// Disable takes protection away; the domain runs on where it is.
+// Disable takes protection away; the domain runs on where it is. Nothing changes
+// unless the arbiter answers.
 func (a *Agent) Disable(ctx context.Context, name string) error {
 	info, err := a.virt.Find(ctx, name)
 	if err != nil {
 		return err
 	}
 	d := a.domain(info.UUID)
-	// The wish goes first, or the domain would be protected again at once.
+	if err := d.request(ctx, pair.EventUserDisable); err != nil {
+		return err
+	}
+	// The next clone is not due for protect.retry_min.
 	err = d.annotate(ctx, info, "", "")
-	d.post(pair.Event{Kind: pair.EventUserDisable})
 	a.wg.Go(func() { d.forgetReplicas(a.ctx) })
-	return err
+	if err != nil {
+		return fmt.Errorf("the annotation still asks for protection; take it out with 'virsh metadata', or repeat this: %w", err)
+	}
+	return d.untilGivenUp(ctx)
+}
+
+// untilGivenUp waits on the backup's host for the primary's to give the pair up.
+func (d *domain) untilGivenUp(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, aloneTimeout)
+	defer cancel()
+	t := time.NewTicker(10 * time.Millisecond)
+	defer t.Stop()
+	for {
+		s, _, _, _ := d.snapshot()
+		if s.Role != plugin.RoleBackup || !d.paired() {
+			return nil
+		}
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return fmt.Errorf("host %s does not give the pair up; try it there", s.Peer)
+		}
+	}
 }
 
 // annotate writes the operator's wish into the domain, or, without a mode, takes

@@ -32,12 +32,21 @@ func (d *domain) keep(ctx context.Context) {
 	t := time.NewTicker(keepPeriod)
 	defer t.Stop()
 	pause := newBackoff(d.a.cfg.Protect.RetryMin, d.a.cfg.Protect.RetryMax)
+	followed := true
 	for {
 		select {
 		case <-t.C:
+			if !followed {
+				followed = d.follow(ctx) == nil
+			}
 		case <-d.kicked:
 			pause.reset()
-			d.follow(ctx)
+			err := d.follow(ctx)
+			if err != nil && followed && ctx.Err() == nil {
+				d.a.log.Warn("the annotation is not followed yet", "domain", d.label(), "error", err)
+				d.setFailure(err)
+			}
+			followed = err == nil
 		case <-ctx.Done():
 			return
 		}
@@ -92,24 +101,30 @@ func (d *domain) wish(ctx context.Context) (hooks.Annotation, virt.Info, error) 
 	return wish, info, err
 }
 
-// follow takes the protection away that the annotation no longer asks for.
-func (d *domain) follow(ctx context.Context) {
+// follow takes the protection away that the annotation no longer asks for. With
+// an error, such as of an arbiter that does not answer, the pair stays.
+func (d *domain) follow(ctx context.Context) error {
 	s, _, p, _ := d.snapshot()
 	if p == nil || s.State != pair.Protected && s.State != pair.Cloning {
-		return
+		return nil
 	}
 	wish, _, err := d.wish(ctx)
 	if err != nil {
 		d.a.log.Warn("annotation", "domain", d.label(), "error", err)
-		return
+		return nil
 	}
-	if wish.Mode != hooks.ModeProtected {
-		d.a.log.Info("the annotation asks for no backup any more", "domain", d.label())
-		d.post(pair.Event{Kind: pair.EventUserDisable})
-		if wish.Mode == "" {
-			d.a.wg.Go(func() { d.forgetReplicas(ctx) })
-		}
+	if wish.Mode == hooks.ModeProtected {
+		return nil
 	}
+	if err := d.request(ctx, pair.EventUserDisable); err != nil {
+		return fmt.Errorf("the annotation asks for no backup any more: %w", err)
+	}
+	d.a.log.Info("the annotation asks for no backup any more", "domain", d.label())
+	d.setFailure(nil)
+	if wish.Mode == "" {
+		d.a.wg.Go(func() { d.forgetReplicas(ctx) })
+	}
+	return nil
 }
 
 // protectAgain gives the domain the backup that it should have. It returns nil
@@ -278,7 +293,7 @@ func (a *Agent) primaryOf(ctx context.Context, name string) (*domain, virt.Info,
 
 // Failover lets the backup of a domain that runs here take over, as if this
 // host had failed, to test that or to clear the host. It returns once that was
-// ordered.
+// ordered, and changes nothing unless the arbiter answers both hosts.
 func (a *Agent) Failover(ctx context.Context, name string) error {
 	d, _, err := a.primaryOf(ctx, name)
 	if err != nil {
@@ -287,20 +302,21 @@ func (a *Agent) Failover(ctx context.Context, name string) error {
 	if s, _, p, _ := d.snapshot(); p.session() == nil || s.Reason != pair.ReasonNone {
 		return fmt.Errorf("the backup may not be well: the domain is %s", s)
 	}
-	d.post(pair.Event{Kind: pair.EventUserFailover})
-	return nil
+	return d.request(ctx, pair.EventUserFailover)
 }
 
 // RestartBackup discards the backup of a domain and clones the domain anew. A
 // peer other than "" is taken, and wanted, from then on; it is asked first
-// whether it can. The domain has no backup meanwhile.
+// whether it can, and the arbiter whether it answers. The domain has no backup
+// meanwhile.
 func (a *Agent) RestartBackup(ctx context.Context, name, peer string) error {
 	d, info, err := a.primaryOf(ctx, name)
 	if err != nil {
 		return err
 	}
 	s, _, _, _ := d.snapshot()
-	if peer == "" {
+	moves := peer != ""
+	if !moves {
 		peer = s.Peer
 	} else {
 		if _, err := a.cfg.Peer(peer); err != nil {
@@ -312,11 +328,15 @@ func (a *Agent) RestartBackup(ctx context.Context, name, peer string) error {
 		if err := a.checkPeer(ctx, peer); err != nil {
 			return err
 		}
+	}
+	if err := d.request(ctx, pair.EventUserDisable); err != nil {
+		return err
+	}
+	if moves {
 		if err := d.annotate(ctx, info, hooks.ModeProtected, peer); err != nil {
 			return err
 		}
 	}
-	d.post(pair.Event{Kind: pair.EventUserDisable})
 	if err := d.untilAlone(ctx); err != nil {
 		return err
 	}
@@ -370,12 +390,13 @@ func (a *Agent) setMode(ctx context.Context, name string, mode hooks.Mode) error
 	if wish.Backup() {
 		return fmt.Errorf("%w, which has its backup: ask the agent of host %s", ErrNotPrimary, wish.Peer)
 	}
-	if err := d.annotate(ctx, info, mode, wish.Peer); err != nil {
-		return err
-	}
 	if mode == hooks.ModeSuspended {
-		d.post(pair.Event{Kind: pair.EventUserDisable})
-		return nil
+		if err := d.request(ctx, pair.EventUserDisable); err != nil {
+			return err
+		}
+	}
+	if err := d.annotate(ctx, info, mode, wish.Peer); err != nil || mode == hooks.ModeSuspended {
+		return err
 	}
 	if !info.Active || !d.alone() {
 		return nil // its start protects it, or something is under way

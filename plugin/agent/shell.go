@@ -71,6 +71,10 @@ func (d *domain) execute(ctx context.Context, act pair.Action) {
 		d.a.wg.Go(func() { d.settleHere(ctx) })
 	case pair.ActionCollectDiagnosis:
 		d.diagnose(act.Epoch, v, b)
+	case pair.ActionProbeArbiter:
+		d.probe(ctx, act, p)
+	case pair.ActionAnswer:
+		d.answer(act)
 	}
 }
 

@@ -13,8 +13,9 @@ func disableCommand() *cli.Command {
 		Name:      "disable",
 		Usage:     "take protection away; the domain goes on where it is",
 		ArgsUsage: "DOMAIN",
-		Description: "The backup of a running domain is discarded. A domain that is not running gets the\n" +
-			"definition back that it had before it was enabled.",
+		Description: "The backup of a running domain is discarded; nothing changes if the arbiter does not\n" +
+			"answer. A domain that is not running gets the definition back that it had before it was\n" +
+			"enabled.",
 		Flags: []cli.Flag{configFlag(), socketFlag()},
 		Action: func(c *cli.Context) error {
 			if err := arguments(c, 1, 1); err != nil {

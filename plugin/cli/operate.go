@@ -42,7 +42,7 @@ func operation(name, usage, description string, do func(context.Context, *client
 func suspendCommand() *cli.Command {
 	return operation("suspend", "take protection away for a while",
 		"The backup is discarded, and the domain goes on without one until 'ftvirt resume'. The\n"+
-			"annotation keeps the other settings.",
+			"annotation keeps the other settings. Nothing changes if the arbiter does not answer.",
 		func(ctx context.Context, agt *client.Client, domain string) error { return agt.Suspend(ctx, domain) },
 		"protection of domain %s is suspended")
 }
@@ -55,7 +55,8 @@ func resumeCommand() *cli.Command {
 
 func restartBackupCommand() *cli.Command {
 	return operation("restart-backup", "discard a domain's backup and make another on the same host",
-		"The domain has no backup until it is cloned anew.",
+		"The domain has no backup until it is cloned anew. Nothing changes if the arbiter does not\n"+
+			"answer.",
 		func(ctx context.Context, agt *client.Client, domain string) error {
 			return agt.RestartBackup(ctx, domain, "")
 		},
@@ -68,7 +69,8 @@ func migrateBackupCommand() *cli.Command {
 		Usage:     "discard a domain's backup and make another on HOST",
 		ArgsUsage: "DOMAIN HOST",
 		Description: "The host is asked first whether it can take the backup. The domain has none until it is\n" +
-			"cloned anew. The annotation names the host from then on.",
+			"cloned anew. The annotation names the host from then on. Nothing changes if the arbiter\n" +
+			"does not answer.",
 		Flags: []cli.Flag{configFlag(), socketFlag()},
 		Action: func(c *cli.Context) error {
 			if err := arguments(c, 2, 2); err != nil {
@@ -95,7 +97,8 @@ func failoverCommand() *cli.Command {
 		Usage:     "hand a domain of this host over to its backup",
 		ArgsUsage: "DOMAIN",
 		Description: "The copy here is killed as a failure would, and the backup goes live. Connections stay\n" +
-			"open. With protect.auto this host gets the next backup, if it can take one.",
+			"open. With protect.auto this host gets the next backup, if it can take one. Nothing\n" +
+			"changes unless the arbiter answers both hosts.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "test", Usage: "wait until this host has the domain's next backup, and tell how long that took"},
 			&cli.DurationFlag{Name: "timeout", Usage: "the longest time to wait with --test", Value: time.Minute},

@@ -44,12 +44,19 @@ const (
 	// ActionCollectDiagnosis: keep log and state of a diverged backup. Comes
 	// before the action that ends it.
 	ActionCollectDiagnosis
+	// ActionProbeArbiter: find out whether the arbiter could decide now, for
+	// whoever has to ask it once Request is carried out: this host, and for
+	// EventUserFailover the peer. Answer with an event.
+	ActionProbeArbiter
+	// ActionAnswer: tell the user that Request was carried out or Refused.
+	ActionAnswer
 	numActions
 )
 
 var actionNames = [numActions]string{
 	"log", "emit-event", "start-clone", "abort-clone", "acquire-arbiter", "close-epoch", "forget", "promote",
 	"open-gate", "stop-logging", "kill-local-vm", "discard-backup", "notify-peer", "announce", "collect-diagnosis",
+	"probe-arbiter", "answer",
 }
 
 func (k ActionKind) String() string { return name(actionNames[:], k) }
@@ -123,6 +130,9 @@ type Action struct {
 	Reason Reason // ActionEmitEvent, ActionKillLocalVM, ActionDiscardBackup, ActionNotifyPeer
 	Notify Notify // ActionNotifyPeer
 	Line   string // ActionLog
+	// Request is what a user asked for: ActionProbeArbiter, ActionAnswer.
+	Request EventKind
+	Refused bool // ActionAnswer
 }
 
 func (a Action) String() string {
@@ -137,6 +147,13 @@ func (a Action) String() string {
 		return fmt.Sprintf("%s %s epoch=%d", a.Kind, a.Notify, a.Epoch)
 	case ActionAcquireArbiter, ActionCloseEpoch:
 		return fmt.Sprintf("%s epoch=%d", a.Kind, a.Epoch)
+	case ActionProbeArbiter:
+		return fmt.Sprintf("%s for %s", a.Kind, a.Request)
+	case ActionAnswer:
+		if a.Refused {
+			return fmt.Sprintf("%s %s refused", a.Kind, a.Request)
+		}
+		return fmt.Sprintf("%s %s carried out", a.Kind, a.Request)
 	case ActionStartClone:
 		return fmt.Sprintf("%s peer=%s epoch=%d", a.Kind, a.Peer, a.Epoch)
 	default:

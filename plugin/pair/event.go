@@ -14,7 +14,8 @@ const (
 	// EventEnable: make the domain, which runs here alone, the primary of a
 	// pair with Peer. Epoch is fresh from the arbiter.
 	EventEnable
-	// EventUserDisable: take the protection away; the domain runs on.
+	// EventUserDisable: take the protection away; the domain runs on. What a
+	// user asks for is answered by an ActionAnswer.
 	EventUserDisable
 	// EventUserFailover: let the backup take over from the domain here.
 	EventUserFailover
@@ -79,6 +80,11 @@ const (
 	EventArbiterLost
 	// EventArbiterUnavailable: the arbiter could not be asked.
 	EventArbiterUnavailable
+	// EventArbiterAnswers: the arbiter could decide now, for all who may have
+	// to ask it: the good answer to ActionProbeArbiter.
+	EventArbiterAnswers
+	// EventArbiterSilent: it could not.
+	EventArbiterSilent
 	numEvents
 )
 
@@ -89,7 +95,7 @@ var eventNames = [numEvents]string{
 	"plugin-lost", "plugin-restored", "qemu-died", "domain-stopped", "local-diverged", "went-live",
 	"session-lost", "session-restored", "peer-dead", "peer-qemu-died", "peer-diverged", "peer-stopping",
 	"peer-powered-off", "discard",
-	"arbiter-won", "arbiter-lost", "arbiter-unavailable",
+	"arbiter-won", "arbiter-lost", "arbiter-unavailable", "arbiter-answers", "arbiter-silent",
 }
 
 func (k EventKind) String() string { return name(eventNames[:], k) }
@@ -100,7 +106,8 @@ func (k EventKind) fenced() bool {
 	switch k {
 	case EventCloneProgress, EventCloneFailed, EventSwitched, EventPrimarySwitched, EventCloneLoaded,
 		EventBackupRunning, EventPeerQEMUDied, EventPeerDiverged, EventPeerStopping, EventPeerPoweredOff,
-		EventDiscard, EventArbiterWon, EventArbiterLost, EventArbiterUnavailable:
+		EventDiscard, EventArbiterWon, EventArbiterLost, EventArbiterUnavailable,
+		EventArbiterAnswers, EventArbiterSilent:
 		return true
 	default:
 		return false

@@ -32,6 +32,7 @@ func (m *Machine) check() error {
 	must(m.removing == 0 || m.removeAgain > 0, "removal is ordered only once")
 	must(m.state != Cloning || m.stall > 0 || m.settle > 0, "clone without a limit")
 	must(m.removing == 0 || m.state == Failed || m.state == Unprotected, "a copy is removed that still counts")
+	must((m.request == 0) == (m.probing == 0), "a user's request without a limit")
 	must(m.epoch > 0 || m.state == Unprotected, "state without an epoch")
 	return errors.Join(errs...)
 }

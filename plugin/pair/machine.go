@@ -51,6 +51,11 @@ type Machine struct {
 	// disabling: forget the domain as soon as the epoch is won.
 	disabling bool
 
+	// request is what a user asked for, while the arbiter is probed for at most
+	// that many ticks; 0 if nothing.
+	request EventKind
+	probing int
+
 	// removing is the order to end QEMU that has not been confirmed, 0 if none.
 	removing    ActionKind
 	removeFor   Reason
@@ -105,6 +110,12 @@ func (m *Machine) Step(ev Event) []Action {
 		m.arbiterLost(ev.Winner)
 	case EventArbiterUnavailable:
 		m.arbiterUnavailable()
+	case EventUserDisable, EventUserFailover:
+		m.userAsks(ev.Kind)
+	case EventArbiterAnswers:
+		m.probed(true)
+	case EventArbiterSilent:
+		m.probed(false)
 	case EventCloneProgress:
 		if m.stall > 0 {
 			m.stall = m.cfg.Stall
@@ -161,6 +172,9 @@ func (m *Machine) begin(part plugin.Role, ev Event) {
 }
 
 func (m *Machine) renew(part plugin.Role, ev Event) {
+	if m.request != 0 {
+		m.answer(m.request, false)
+	}
 	*m = Machine{
 		cfg: m.cfg, state: m.state, reason: m.reason, out: m.out, onTransition: m.onTransition,
 		epoch: ev.Epoch, peer: ev.Peer, part: part, vm: true,
@@ -209,6 +223,9 @@ func (m *Machine) tick() {
 	if m.asking && expired(&m.askAgain) {
 		m.ask()
 	}
+	if expired(&m.probing) {
+		m.probed(false)
+	}
 	if expired(&m.promote) {
 		m.promoteStuck()
 	}
@@ -255,6 +272,62 @@ func (m *Machine) goLive(cause Reason) {
 	m.becomeGoingLive(cause)
 	m.backoff = m.cfg.RetryMin
 	m.ask()
+}
+
+// userAsks carries a user's request out. One that would end a copy of a pair
+// that holds waits until it is known that the arbiter answers: what is left of
+// the pair has to ask it, and would stand still.
+func (m *Machine) userAsks(kind EventKind) {
+	switch {
+	case m.request == kind: // one answer is for both
+	case m.request != 0:
+		m.answer(kind, false)
+	case m.endsPair(kind):
+		m.request, m.probing = kind, m.cfg.Answer
+		m.do(Action{Kind: ActionProbeArbiter, Request: kind})
+	default:
+		m.obey(kind)
+	}
+}
+
+func (m *Machine) endsPair(kind EventKind) bool {
+	if kind == EventUserFailover {
+		return m.backupWell()
+	}
+	return m.part == rolePrimary && m.switched && (m.state == Cloning || m.state == Protected)
+}
+
+// probed takes the answer to a probe. What happened meanwhile counts, too.
+func (m *Machine) probed(answers bool) {
+	kind := m.request
+	m.request, m.probing = 0, 0
+	switch {
+	case kind == 0:
+		m.logf("nothing waits for the arbiter to be probed")
+	case answers:
+		m.obey(kind)
+	default:
+		m.logf("refused %s: the arbiter does not answer", kind)
+		m.answer(kind, false)
+	}
+}
+
+func (m *Machine) obey(kind EventKind) {
+	done := true
+	switch {
+	case m.part == plugin.RoleBackup:
+		done = kind == EventUserDisable
+		m.stepBackup(Event{Kind: kind})
+	case kind == EventUserDisable:
+		m.disable()
+	default:
+		done = m.handOver()
+	}
+	m.answer(kind, done)
+}
+
+func (m *Machine) answer(kind EventKind, done bool) {
+	m.do(Action{Kind: ActionAnswer, Request: kind, Refused: !done})
 }
 
 // claim acquires the epoch of a pair that is over while the domain runs on, or

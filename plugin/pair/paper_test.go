@@ -331,3 +331,38 @@ func TestDeadCopyDoesNotAsk(t *testing.T) {
 		s.wantActions(s.ticks(1000))
 	}
 }
+
+// What a user asks for ends no copy of a pair before the arbiter is known to
+// answer, and nothing at all if it does not.
+func TestUsersWaitForTheArbiter(t *testing.T) {
+	for _, kind := range []EventKind{EventUserDisable, EventUserFailover} {
+		s := protectedPrimary(t)
+		s.wantActions(s.on(kind), ActionProbeArbiter)
+		s.wantActions(s.on(kind)) // one answer is for both
+		s.wantActions(s.on(EventArbiterSilent), ActionAnswer)
+		s.want(Protected, ReasonNone)
+
+		s.wantActions(s.on(kind), ActionProbeArbiter)
+		s.wantActions(s.ticks(DefaultConfig().Answer), ActionAnswer)
+		s.want(Protected, ReasonNone)
+		s.wantActions(s.on(EventArbiterAnswers)) // too late
+
+		// What happens meanwhile counts: the backup may not be well any more.
+		s.wantActions(s.on(kind), ActionProbeArbiter)
+		s.on(EventPeerQEMUDied, EventArbiterAnswers)
+		s.want(GoingLive, BackupLost)
+	}
+
+	s := protectedPrimary(t)
+	s.on(EventUserFailover)
+	s.wantActions(s.on(EventArbiterAnswers), ActionKillLocalVM, ActionNotifyPeer, ActionAnswer)
+	s.want(Failed, UserRequest)
+
+	// The backup is kept until the epoch is won.
+	s = protectedPrimary(t)
+	s.on(EventUserDisable)
+	s.wantActions(s.on(EventArbiterAnswers), ActionAcquireArbiter, ActionAnswer)
+	s.want(GoingLive, UserRequest)
+	s.wantActions(s.on(EventArbiterWon), ActionOpenGate, ActionStopLogging, ActionNotifyPeer, ActionForget)
+	s.want(Unprotected, UserRequest)
+}

@@ -12,9 +12,6 @@ func (m *Machine) stepPrimary(ev Event) {
 	case EventDomainStopped:
 		m.primaryStopped()
 		return
-	case EventUserDisable:
-		m.disable()
-		return
 	}
 	switch m.state {
 	case Cloning, Protected:
@@ -103,23 +100,27 @@ func (m *Machine) stepRecording(ev Event) {
 		m.pluginOut = m.cfg.Plugin
 	case EventPluginRestored:
 		m.pluginOut = 0
-	case EventUserFailover:
-		m.handOver(ev)
 	default:
 		m.ignore(ev)
 	}
 }
 
 // handOver leaves the field to a backup that is known to be well, as if the
-// copy here had died. It needs no arbiter: the backup asks for itself.
-func (m *Machine) handOver(ev Event) {
-	if m.state != Protected || m.sessionLost || m.grace != 0 {
-		m.ignore(ev)
-		return
+// copy here had died. This side needs no arbiter: the backup asks for itself.
+func (m *Machine) handOver() bool {
+	if !m.backupWell() {
+		m.ignore(Event{Kind: EventUserFailover})
+		return false
 	}
 	m.kill(UserRequest)
 	m.notify(NotifyQEMUDied)
 	m.becomeFailed(UserRequest)
+	return true
+}
+
+// backupWell tells whether this is a primary that knows nothing bad of its backup.
+func (m *Machine) backupWell() bool {
+	return m.part == rolePrimary && m.state == Protected && !m.sessionLost && m.grace == 0
 }
 
 // heal ends the grace of a session that came back.
@@ -196,14 +197,14 @@ func (m *Machine) disable() {
 	case Cloning:
 		m.disabling = true
 		if m.switched {
-			m.notify(NotifyDiscard)
 			m.goLive(UserRequest)
 		} else {
 			m.abortClone(UserRequest)
 		}
 	case Protected:
+		// The backup is discarded once the epoch is won, and not before: until
+		// then it is all that is left should this host die.
 		m.disabling = true
-		m.notify(NotifyDiscard)
 		m.goLive(UserRequest)
 	case GoingLive:
 		m.disabling = true

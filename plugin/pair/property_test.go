@@ -30,6 +30,8 @@ type world struct {
 	// faults counts what can cost a pair its last copy.
 	faults int
 	seen   map[Transition]bool
+	// probed are the epochs in which a host was told that the arbiter answers.
+	probed [2]map[plugin.Epoch]bool
 }
 
 type hostModel struct {
@@ -69,7 +71,7 @@ func newWorld(seed uint64, seen map[Transition]bool) *world {
 		available: true, seen: seen,
 	}
 	for i := range w.host {
-		w.host[i] = &hostModel{}
+		w.host[i], w.probed[i] = &hostModel{}, make(map[plugin.Epoch]bool)
 		w.newMachine(w.host[i])
 	}
 	w.host[0].alive, w.host[0].seen = true, true
@@ -119,12 +121,27 @@ func (w *world) execute(side int, a Action) {
 			kind := w.acquire(side, a.Epoch)
 			local(kind.String(), func() { w.step(side, Event{Kind: kind, Epoch: a.Epoch, Winner: "x"}) })
 		})
+	case ActionProbeArbiter:
+		local("probe", func() {
+			kind := EventArbiterSilent
+			if w.available {
+				kind = EventArbiterAnswers
+				w.probed[side][a.Epoch] = true
+			}
+			if w.rng.IntN(8) > 0 { // else the answer is lost
+				w.step(side, Event{Kind: kind, Epoch: a.Epoch})
+			}
+		})
 	case ActionCloseEpoch:
 		w.later("close", func() {
 			if w.available && w.acquire(side, a.Epoch) == EventArbiterWon {
 				w.closed[a.Epoch] = true
 			}
 		})
+	case ActionEmitEvent:
+		if a.State == GoingLive && a.Reason == UserRequest && !w.probed[side][a.Epoch] {
+			panic(fmt.Sprintf("%c: %s before the arbiter was probed", 'A'+side, a))
+		}
 	case ActionOpenGate:
 		w.mustOwn(side, a)
 		h.seen = h.alive
@@ -137,6 +154,9 @@ func (w *world) execute(side int, a Action) {
 			}
 		})
 	case ActionKillLocalVM, ActionDiscardBackup:
+		if a.Kind == ActionKillLocalVM && a.Reason == UserRequest && !w.probed[side][a.Epoch] {
+			panic(fmt.Sprintf("%c: %s before the arbiter was probed", 'A'+side, a))
+		}
 		local("kill", func() {
 			if current() && h.machine.Status().Removing {
 				h.alive, h.seen = false, false
@@ -455,7 +475,7 @@ func runWorld(t *testing.T, seed uint64, seen map[Transition]bool) {
 // broken sessions, wrong suspicion, an arbiter that comes and goes.
 func (w *world) chanceWithoutLoss() {
 	side := w.rng.IntN(2)
-	switch w.rng.IntN(12) {
+	switch w.rng.IntN(13) {
 	case 0, 1:
 		w.enable(side)
 	case 2:
@@ -468,6 +488,8 @@ func (w *world) chanceWithoutLoss() {
 		w.available = !w.available
 	case 7:
 		w.step(side, Event{Kind: EventCloneFailed, Epoch: w.host[side].machine.Status().Epoch})
+	case 8:
+		w.step(side, Event{Kind: EventUserDisable})
 	default:
 		w.step(side, Event{Kind: EventTick})
 	}
