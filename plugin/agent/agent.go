@@ -38,6 +38,7 @@ type Agent struct {
 	cfg       config.Config
 	log       *slog.Logger
 	virt      *virt.Conn
+	owners    func(pid int) (plugin.UUID, error) // nil where libvirt's notes cannot be read
 	arbiter   arbiter.Arbiter
 	transport channel.Transport
 	channel   channel.Config
@@ -81,12 +82,13 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 		return err
 	}
 	var err error
-	a.virt, err = virt.Open(ctx, a.cfg.LibvirtURI, virt.Events{
+	// A libvirtd that is down or hangs must not keep pairs without their agent.
+	a.virt, err = virt.Open(a.cfg.LibvirtURI, virt.Events{
 		Started: func(i virt.Info) { a.notice(i.UUID) }, Stopped: a.stopped,
 		MetadataChanged: a.notice, DefinitionChanged: a.notice, Reconnected: a.noticeAll,
 	})
 	if err != nil {
-		return fmt.Errorf("libvirt at %s: %w; is libvirtd running?", a.cfg.LibvirtURI, err)
+		return err
 	}
 	defer a.virt.Close()
 	a.detect, err = a.newDetector()
@@ -97,7 +99,8 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	if err != nil {
 		return err
 	}
-	if plugins.Owner = owners(a.cfg.LibvirtURI); plugins.Owner == nil {
+	a.owners = owners(a.cfg.LibvirtURI)
+	if plugins.Owner = a.owners; plugins.Owner == nil {
 		a.log.Warn("any local user can pretend to be a domain: its process is checked for qemu:///system only", "libvirt_uri", a.cfg.LibvirtURI)
 	}
 	peers, err := a.transport.Listen(ctx, a.cfg.Channel.Listen)
@@ -140,9 +143,8 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 		}
 		return nil
 	})
-	// The first question makes libvirt probe QEMU, for seconds: not when
-	// somebody waits.
-	a.wg.Go(func() { _, _ = a.virt.Hypervisor(ctx) })
+	a.wg.Go(func() { a.virt.Keep(ctx, func(err error) { a.libvirtIs(ctx, err) }) })
+	a.takeUpDefinitions()
 	a.wg.Go(func() { a.age(ctx) })
 	group.Go(func() error { return a.detect.Run(ctx) })
 	group.Go(func() error { return channel.Serve(ctx, a.transport, peers, a.channel, a.servePeer) })
@@ -173,6 +175,19 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 		return nil
 	}
 	return err
+}
+
+// libvirtIs tells of libvirt as it comes and goes.
+func (a *Agent) libvirtIs(ctx context.Context, err error) {
+	if err != nil {
+		a.log.Warn("libvirt cannot be asked: what is protected stays so, but no domain is cloned, defined or removed; is libvirtd running?",
+			"uri", a.cfg.LibvirtURI, "error", err)
+		return
+	}
+	a.log.Info("libvirt answers", "uri", a.cfg.LibvirtURI)
+	// The first question makes libvirt probe QEMU, for seconds: not when
+	// somebody waits.
+	a.wg.Go(func() { _, _ = a.virt.Hypervisor(ctx) })
 }
 
 func (a *Agent) directories() error {

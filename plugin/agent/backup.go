@@ -187,6 +187,7 @@ func (b *backup) open(ctx context.Context, in *channel.Incoming, end plugin.Posi
 		}),
 		migrate.MethodDiscard: handler(b.discardRequest),
 		methodArbiter:         handler(b.answersHere),
+		methodDefinition:      handler(b.takeDefinition),
 		methodLook:            handler(b.look),
 		methodHashes:          handler(b.hashes),
 		methodDiffers:         handler(b.differs),
@@ -256,7 +257,7 @@ func (b *backup) discard(ctx context.Context) error {
 		}
 	}
 	err := b.receiver.Discard(ctx)
-	return errors.Join(err, os.RemoveAll(b.spoolDir()))
+	return errors.Join(err, os.RemoveAll(b.spoolDir()), b.d.dropDefinition(b.epoch))
 }
 
 // tunnel connects the primary's QEMU with this host's.

@@ -8,7 +8,6 @@ import (
 	"net"
 	"strings"
 	"testing"
-	"time"
 
 	"ftvirt.org/ftvirt/arbiter"
 	"ftvirt.org/ftvirt/plugin/channel"
@@ -34,9 +33,7 @@ func servingPair(t *testing.T) (a, b *Agent) {
 			t.Fatal(err)
 		}
 		a.arbiter, a.cfg.Host = dir, names[i]
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-		a.virt, err = virt.Open(ctx, "test:///default", virt.Events{})
-		cancel()
+		a.virt, err = virt.Open("test:///default", virt.Events{})
 		if err != nil {
 			t.Fatal(err)
 		}

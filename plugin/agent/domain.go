@@ -44,6 +44,12 @@ type domain struct {
 	wrong    string // what is not understood of the annotation
 	retryAt  time.Time
 
+	// Libvirt's definition here is to be looked at as often as wanted, and was
+	// as often as settled; the next time not before settleAt.
+	wanted, settled uint64
+	settleAt        time.Time
+	pending         [wishTold + 1]pending
+
 	tally tally
 	acks  *metrics.Histogram // how long pieces of the log waited for their acks
 
@@ -56,12 +62,15 @@ type domain struct {
 	verifying sync.Mutex    // held while both sides are compared
 	enabling  sync.Mutex    // held while a clone is being begun
 	kicked    chan struct{} // wakes keep
+	redefined chan struct{} // wakes tellDefinition
+	keeping   sync.Mutex    // held while what is kept of the definition is replaced
+	defining  sync.Mutex    // held while libvirt's definition is
 }
 
 func newDomain(a *Agent, id plugin.UUID) *domain {
 	return &domain{
 		a: a, id: id, name: id.String(), inbox: make(chan pair.Event, 256), stops: make(chan virt.Stopped, 8),
-		attached: make(chan struct{}), kicked: make(chan struct{}, 1), closing: map[plugin.Epoch]bool{},
+		attached: make(chan struct{}), kicked: make(chan struct{}, 1), redefined: make(chan struct{}, 1), closing: map[plugin.Epoch]bool{},
 		acks:   metrics.NewHistogram(control.DelayBounds[:]),
 		status: pair.Status{Role: plugin.RoleNone, Reason: pair.NotEnabled},
 	}
@@ -170,13 +179,23 @@ func (d *domain) label() string {
 	return d.name
 }
 
-// learnName asks libvirt, for people's sake.
+// learnName finds the domain's name, for people's sake: in libvirt's notes, or by
+// asking it.
 func (d *domain) learnName(ctx context.Context) {
-	if i, err := d.a.virt.Lookup(ctx, d.id); err == nil {
-		d.mu.Lock()
-		d.name = i.Name
-		d.mu.Unlock()
+	name := ""
+	if d.a.owners != nil {
+		name = nameIn(statusDir, d.id)
 	}
+	if name == "" {
+		i, err := d.a.virt.Lookup(ctx, d.id)
+		if err != nil {
+			return
+		}
+		name = i.Name
+	}
+	d.mu.Lock()
+	d.name = name
+	d.mu.Unlock()
 }
 
 // attach takes a plugin that connected.
@@ -193,6 +212,9 @@ func (d *domain) attach(ctx context.Context, v *vm) {
 	}
 	d.a.wg.Go(func() { d.learnName(ctx) })
 	h := v.Hello()
+	if h.Backup && h.Mode != control.ModeReplay {
+		d.lookAtDefinition() // an earlier agent may not have come to it
+	}
 	switch {
 	case h.Backup && h.Mode == control.ModeReplay:
 		switch {

@@ -165,6 +165,9 @@ func (d *domain) enable(ctx context.Context, info virt.Info, peer string) error 
 	if len(problems) > 0 {
 		return &hooks.NotReadyError{Domain: info.Name, Problems: problems}
 	}
+	if err := d.settleNow(ctx); err != nil {
+		return err
+	}
 	if status.State != pair.Unprotected && status.State != pair.Live && status.State != pair.Failed {
 		return fmt.Errorf("%w: it is %s", ErrProtected, status)
 	}
@@ -272,6 +275,17 @@ func (d *domain) untilGivenUp(ctx context.Context) error {
 // annotate writes the operator's wish into the domain, or, without a mode, takes
 // it out. libvirt adds the namespace itself.
 func (d *domain) annotate(ctx context.Context, info virt.Info, mode hooks.Mode, peer string) error {
+	err := d.settleNow(ctx)
+	if err == nil && !info.Persistent {
+		info, err = d.a.virt.Lookup(ctx, d.id) // it may be by now
+	}
+	if err != nil {
+		return err
+	}
+	return d.writeWish(ctx, info, mode, peer)
+}
+
+func (d *domain) writeWish(ctx context.Context, info virt.Info, mode hooks.Mode, peer string) error {
 	text := ""
 	if mode != "" {
 		text = hooks.Annotation{Mode: mode, Peer: peer}.Element()

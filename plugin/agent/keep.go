@@ -50,6 +50,7 @@ func (d *domain) keep(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
+		d.settleDefinition(ctx, time.Now())
 		switch now := time.Now(); {
 		case !d.alone():
 			s, _, _, _ := d.snapshot()
@@ -200,11 +201,13 @@ func (a *Agent) greet(ctx context.Context) {
 	}
 }
 
-// kick makes keep look at once.
+// kick makes keep look at once, and the definition be told of if it changed.
 func (d *domain) kick() {
-	select {
-	case d.kicked <- struct{}{}:
-	default: // it will look anyway
+	for _, ch := range []chan struct{}{d.kicked, d.redefined} {
+		select {
+		case ch <- struct{}{}:
+		default: // it will look anyway
+		}
 	}
 }
 

@@ -27,6 +27,8 @@ const (
 	// methodForget says that a domain is not to be backed up any more: what is
 	// kept for its next backup can go.
 	methodForget = "replicas.forget"
+	// methodDefinition keeps the backup's host up to date about the definition.
+	methodDefinition = "definition.keep"
 )
 
 // hostInfo tells whether a host can take a backup.

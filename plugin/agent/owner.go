@@ -30,6 +30,7 @@ const maxStatus = 16 << 20
 type domainStatus struct {
 	PID    int `xml:"pid,attr"`
 	Domain struct {
+		Name string `xml:"name"`
 		UUID string `xml:"uuid"`
 	} `xml:"domain"`
 }
@@ -66,6 +67,20 @@ func ownerIn(dir string, pid int) (plugin.UUID, error) {
 		return plugin.ParseUUID(strings.TrimSpace(s.Domain.UUID))
 	}
 	return plugin.UUID{}, fmt.Errorf("%w: process %d", ErrNoQEMU, pid)
+}
+
+// nameIn finds a running domain's name, which is empty if it is not there.
+func nameIn(dir string, id plugin.UUID) string {
+	files, err := filepath.Glob(filepath.Join(dir, "*.xml"))
+	if err != nil {
+		return ""
+	}
+	for _, path := range files {
+		if s, err := readStatus(path); err == nil && strings.TrimSpace(s.Domain.UUID) == id.String() {
+			return s.Domain.Name
+		}
+	}
+	return ""
 }
 
 func readStatus(path string) (domainStatus, error) {

@@ -152,6 +152,7 @@ func (p *primary) clone(v *vm) error {
 		return err
 	}
 	p.d.a.wg.Go(func() { p.receive(conn) })
+	p.d.a.wg.Go(func() { p.tellDefinition(conn) })
 	v.digests(p.digest)
 	v.ship(p.ship)
 	v.watch(p.watch)
@@ -489,6 +490,7 @@ func (p *primary) reconnect(target string) *channel.Conn {
 		}
 		if err == nil {
 			p.d.post(pair.Event{Kind: pair.EventSessionRestored, Epoch: p.epoch})
+			p.d.a.wg.Go(func() { p.tellDefinition(conn) })
 			return conn
 		}
 		var refused *channel.RefusedError

@@ -213,39 +213,18 @@ func (d *domain) remove(ctx context.Context, v *vm, b *backup) {
 }
 
 // settleHere makes a backup that went live an ordinary domain of this host:
-// switches learn where its MACs are, and libvirt keeps its definition.
+// libvirt gets its definition, see defineHere, and switches learn where its MACs
+// are.
 func (d *domain) settleHere(ctx context.Context) {
+	d.setDefinition(wishHere, errors.New("libvirt on this host does not have it yet: without it the domain would be gone when it stops"))
+	d.lookAtDefinition()
+	d.kick()
 	ctx, cancel := context.WithTimeout(ctx, virt.DefaultTimeout)
 	defer cancel()
 	err := d.a.virt.Monitor(ctx, d.id, "announce-self", map[string]any{"initial": 50, "max": 550, "rounds": 5, "step": 50}, nil)
 	if err != nil {
 		d.a.log.Warn("cannot announce the domain", "domain", d.label(), "error", err)
 	}
-	if err := d.define(ctx); err != nil {
-		d.a.log.Warn("the domain is not defined on this host: it is gone when it stops", "domain", d.label(), "error", err)
-	}
-}
-
-func (d *domain) define(ctx context.Context) error {
-	text, err := d.a.virt.XML(ctx, d.id, false)
-	if err != nil {
-		return err
-	}
-	live, err := hooks.Parse([]byte(text))
-	if err != nil {
-		return err
-	}
-	status, _, _, _ := d.snapshot()
-	def, err := hooks.Definition(live, hooks.Annotation{Mode: hooks.ModeProtected, Peer: status.Peer}, d.a.hookOptions())
-	if err != nil {
-		return err
-	}
-	out, err := def.Marshal()
-	if err != nil {
-		return err
-	}
-	_, err = d.a.virt.Define(ctx, out)
-	return err
 }
 
 func (a *Agent) hookOptions() hooks.Options {
@@ -267,6 +246,9 @@ func (d *domain) describeBackup(xml string, epoch plugin.Epoch, disks map[string
 	replicas := map[string]hooks.Replica{}
 	for target, path := range disks {
 		replicas[target] = hooks.Replica{File: path}
+	}
+	if err := b.keepReplicas(xml, disks); err != nil {
+		d.a.log.Error("the definition is not kept: after a failover that of the running domain is taken", "domain", d.label(), "error", err)
 	}
 	dom, err := hooks.BackupXML(live, hooks.BackupOptions{
 		Options: d.a.hookOptions(), Epoch: epoch, Primary: b.peer, Replicas: replicas,

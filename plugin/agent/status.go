@@ -65,6 +65,11 @@ type Status struct {
 	Retry   float64 `json:"retry_s,omitempty" yaml:"retry_s,omitempty"`
 	// AnnotationError is what is not understood of the domain's annotation.
 	AnnotationError string `json:"annotation_error,omitempty" yaml:"annotation_error,omitempty"`
+	// Definition is what is yet to be done so that libvirt's definition is right
+	// here, and after a failover on the peer, DefinitionAge for how many seconds.
+	// It is tried until it is done.
+	Definition    string  `json:"definition,omitempty" yaml:"definition,omitempty"`
+	DefinitionAge float64 `json:"definition_age_s,omitempty" yaml:"definition_age_s,omitempty"`
 }
 
 // phaseUndoing is the phase of a clone that failed and is not yet cleared away.
@@ -91,6 +96,9 @@ func (d *domain) report() Status {
 	if !d.retryAt.IsZero() {
 		st.Retry = max(0, math.Ceil(time.Until(d.retryAt).Seconds()))
 	}
+	var age time.Duration
+	st.Definition, age = d.definitionStatus(s)
+	st.DefinitionAge = math.Floor(age.Seconds())
 	d.mu.Unlock()
 	if v == nil {
 		return st
@@ -124,7 +132,7 @@ func (d *domain) report() Status {
 
 // relevant tells whether a domain has to do with ftvirt here.
 func (s Status) relevant() bool {
-	return s.Epoch != 0 || s.Mode != "none" || s.AnnotationError != "" || s.Failure != ""
+	return s.Epoch != 0 || s.Mode != "none" || s.AnnotationError != "" || s.Failure != "" || s.Definition != ""
 }
 
 // Status tells about all domains of this host that have to do with ftvirt.

@@ -55,6 +55,7 @@ func (a *Agent) watchWishes(ctx context.Context) {
 			}
 			for _, i := range list {
 				a.look(ctx, i.UUID)
+				a.kickID(i.UUID)
 			}
 		case <-ctx.Done():
 			return
@@ -74,6 +75,12 @@ func (a *Agent) look(ctx context.Context, id plugin.UUID) {
 		return
 	}
 	a.setWrong(info, id, err)
+	if err == nil && info.Persistent && wish.Mode != "" {
+		// A host to which the domain does not belong must not start it.
+		if on, err := a.virt.Autostart(ctx, id); err == nil && on {
+			a.domain(id).lookAtDefinition()
+		}
+	}
 	if err != nil || !a.cfg.Protect.Auto || info.Active || !info.Persistent || wish.Mode != hooks.ModeProtected || wish.Backup() {
 		return
 	}

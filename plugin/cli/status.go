@@ -144,8 +144,11 @@ func warnPlaintext(c *cli.Context, list ...client.Status) {
 	}
 }
 
-// annotationWrong stands in the table; the status of the domain tells more.
-const annotationWrong = "annotation not understood"
+// What stands in the table; the status of the domain tells more.
+const (
+	annotationWrong   = "annotation not understood"
+	definitionPending = "definition pending"
+)
 
 func statusTable(w io.Writer, list []client.Status) error {
 	t := newTable(w, "DOMAIN", "ROLE", "PRIMARY", "BACKUP", "STATE", "EPOCH", "LAG", "LOG RATE", "OUTPUT DELAY", "POSITION")
@@ -157,6 +160,9 @@ func statusTable(w io.Writer, list []client.Status) error {
 		}
 		if s.AnnotationError != "" {
 			state += ", " + annotationWrong
+		}
+		if s.Definition != "" {
+			state += ", " + definitionPending
 		}
 		t.row(s.Domain, string(s.Role), primary, backup, state, strconv.FormatUint(uint64(s.Epoch), 10),
 			milliseconds(s.Lag), byteRate(s.LogRate), milliseconds(s.OutputDelay), strconv.FormatUint(uint64(s.Position), 10))
@@ -176,6 +182,9 @@ func statusOf(w io.Writer, s client.Status) error {
 	f.add("State", stateOf(s))
 	if s.AnnotationError != "" {
 		f.add("Annotation", s.AnnotationError+"; the domain is treated as before; correct it with 'virsh edit' or 'virsh metadata'")
+	}
+	if s.Definition != "" {
+		f.add("Definition", fmt.Sprintf("%s; for %.0f s", s.Definition, s.DefinitionAge))
 	}
 	if s.Failure != "" {
 		f.add("Failure", s.Failure)

@@ -28,6 +28,8 @@ func TestRestartsKeepThePair(t *testing.T) {
 		{"libvirtd of the primary", func(ctx context.Context) error { return restartLibvirt(ctx, hosta) }},
 		{"libvirtd of the backup", func(ctx context.Context) error { return restartLibvirt(ctx, hostb) }},
 		{"agent of the backup again", func(ctx context.Context) error { return b.RestartAgent(ctx, hostb, nil) }},
+		{"agent of the primary, without libvirtd", func(ctx context.Context) error { return restartWithoutLibvirt(ctx, b, hosta) }},
+		{"agent of the backup, without libvirtd", func(ctx context.Context) error { return restartWithoutLibvirt(ctx, b, hostb) }},
 	} {
 		begin := time.Now()
 		must(t, tc.restart(t.Context()))
@@ -42,13 +44,28 @@ func TestRestartsKeepThePair(t *testing.T) {
 		alive(t, traffic, begin)
 		must(t, scenario.Pause(t.Context(), time.Second))
 	}
-	// The new agents know the pair well enough to fail over.
+	// The new agents know the pair well enough to fail over, and find libvirtd by
+	// themselves when it is there.
+	for _, h := range []*lab.Host{hosta, hostb} {
+		must(t, h.Start(t.Context(), lab.LibvirtProcess))
+		must(t, eventually(t.Context(), 15*time.Second, func() error {
+			_, err := b.Agent(h).Domain(t.Context(), vm.Name)
+			return err
+		}))
+	}
 	failover, err := vm.FailOver(t.Context(), hosta, hostb, traffic)
 	must(t, err)
 	alive(t, traffic, failover.Killed)
 	must(t, traffic.Stop())
 	_, err = vm.Verify(t.Context(), hosta, hostb)
 	must(t, err)
+}
+
+func restartWithoutLibvirt(ctx context.Context, b *scenario.Bed, h *lab.Host) error {
+	if err := h.KillLibvirt(ctx); err != nil {
+		return err
+	}
+	return b.RestartAgent(ctx, h, nil)
 }
 
 func restartLibvirt(ctx context.Context, h *lab.Host) error {

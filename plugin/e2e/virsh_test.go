@@ -80,6 +80,8 @@ var operations = []struct {
 	{"inject-nmi DOMAIN", false, vetoed, "protected by ftvirt", ""},
 	{"setmem DOMAIN 128M --live", false, vetoed, "protected by ftvirt", "--config takes effect with the next start"},
 	{"setvcpus DOMAIN 2 --live", false, libvirts, "", "a protected domain has one"},
+	{"autostart DOMAIN", false, works, "", "where the domain is: it moves along in a failover"},
+	{"setmaxmem DOMAIN 300M --config", false, works, "", "with the next start, on whichever host; `virsh edit` alike, see `TestDefinitionMovesAlong`"},
 	{"destroy DOMAIN", true, anew, "", "as the loss of any backup"},
 	{"reboot DOMAIN", false, anew, "", "the guest powers off, and libvirt resets the primary instead of ending it"},
 	{"undefine DOMAIN", false, works, "", "the domain runs on as a transient one, and so does its backup"},

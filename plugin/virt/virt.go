@@ -81,47 +81,113 @@ type Conn struct {
 	uri    string
 	events Events
 	stuck  chan struct{}
+	// connecting is full while one call connects, which a libvirtd that hangs
+	// makes last: the others wait for it as long as they have time.
+	connecting chan struct{}
 
-	mu   sync.Mutex
-	conn *libvirt.Connect
+	mu     sync.Mutex // not held while libvirt is waited for
+	conn   *libvirt.Connect
+	closed bool
 }
 
-// Open prepares a connection to the libvirtd at uri and tries it once.
-func Open(ctx context.Context, uri string, events Events) (*Conn, error) {
+// Open prepares a connection to the libvirtd at uri, which need not answer yet:
+// the first call connects. See Keep.
+func Open(uri string, events Events) (*Conn, error) {
 	if err := startLoop(); err != nil {
 		return nil, fmt.Errorf("libvirt event loop: %w", err)
 	}
-	c := &Conn{uri: uri, events: events, stuck: make(chan struct{}, maxStuck)}
-	if _, err := call(ctx, c, "connect", func(*libvirt.Connect) (struct{}, error) { return struct{}{}, nil }); err != nil {
-		return nil, err
-	}
-	return c, nil
+	return &Conn{uri: uri, events: events, stuck: make(chan struct{}, maxStuck), connecting: make(chan struct{}, 1)}, nil
 }
 
-// Close ends the connection; domains stay as they are.
+// Keep connects, and again after the connection broke, until ctx ends, so that
+// events come though nobody calls. It tells each change: nil once libvirt can be
+// asked, or why it cannot.
+func (c *Conn) Keep(ctx context.Context, told func(error)) {
+	t := time.NewTicker(keepPeriod)
+	defer t.Stop()
+	for last := "never tried"; ; {
+		_, err := call(ctx, c, "connect", func(*libvirt.Connect) (struct{}, error) { return struct{}{}, nil })
+		if ctx.Err() != nil {
+			return
+		}
+		text := ""
+		if err != nil {
+			text = err.Error()
+		}
+		if text != last {
+			last = text
+			told(err)
+		}
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// keepPeriod is between two looks at the connection.
+const keepPeriod = time.Second
+
+// Close ends the connection; domains stay as they are. It does not wait for a
+// libvirtd that hangs.
 func (c *Conn) Close() {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.drop()
+	conn := c.conn
+	c.conn, c.closed = nil, true
+	c.mu.Unlock()
+	if conn == nil {
+		return
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_, _ = conn.Close()
+	}()
+	t := time.NewTimer(closeTimeout)
+	defer t.Stop()
+	select {
+	case <-done:
+	case <-t.C:
+	}
 }
 
-func (c *Conn) drop() {
-	if c.conn != nil {
-		_, _ = c.conn.Close()
-		c.conn = nil
+// closeTimeout bounds saying good-bye.
+const closeTimeout = 500 * time.Millisecond
+
+var errClosed = errors.New("the connection to libvirt was closed")
+
+// current gives the connection as what it is: one that lives or a dead one.
+func (c *Conn) current() (live, dead *libvirt.Connect) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.conn == nil {
+		return nil, nil
 	}
+	if alive, err := c.conn.IsAlive(); err == nil && alive {
+		return c.conn, nil
+	}
+	return nil, c.conn
 }
 
 // get returns a live connection. It may block in libvirt, so it runs inside a
 // call's goroutine only.
-func (c *Conn) get() (*libvirt.Connect, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.conn != nil {
-		if alive, err := c.conn.IsAlive(); err == nil && alive {
-			return c.conn, nil
-		}
-		c.drop()
+func (c *Conn) get(ctx context.Context) (*libvirt.Connect, error) {
+	if live, _ := c.current(); live != nil {
+		return live, nil
+	}
+	select {
+	case c.connecting <- struct{}{}:
+		defer func() { <-c.connecting }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	live, dead := c.current()
+	if live != nil {
+		return live, nil // of the call that was waited for
+	}
+	if dead != nil {
+		_, _ = dead.Close()
 	}
 	conn, err := libvirt.NewConnect(c.uri)
 	if err != nil {
@@ -137,7 +203,16 @@ func (c *Conn) get() (*libvirt.Connect, error) {
 		_, _ = conn.Close()
 		return nil, err
 	}
-	c.conn = conn
+	c.mu.Lock()
+	closed := c.closed
+	if !closed {
+		c.conn = conn
+	}
+	c.mu.Unlock()
+	if closed {
+		_, _ = conn.Close()
+		return nil, errClosed
+	}
 	if c.events.Reconnected != nil {
 		c.events.Reconnected()
 	}
@@ -236,7 +311,12 @@ func call[T any](ctx context.Context, c *Conn, what string, f func(*libvirt.Conn
 	done := make(chan result, 1)
 	go func() {
 		defer func() { <-c.stuck }()
-		conn, err := c.get()
+		conn, err := c.get(ctx)
+		if err == nil {
+			// What the caller gave up waiting for must not be done later, as
+			// when a libvirtd that hung goes on: it may be wrong by then.
+			err = ctx.Err()
+		}
 		var v T
 		if err == nil {
 			v, err = f(conn)
@@ -363,6 +443,19 @@ func (c *Conn) Define(ctx context.Context, xml string) (Info, error) {
 		defer func() { _ = d.Free() }()
 		return info(d)
 	})
+}
+
+// Autostart tells whether a persistent domain starts with its host.
+func (c *Conn) Autostart(ctx context.Context, id plugin.UUID) (bool, error) {
+	return withDomain(ctx, c, id, "autostart of "+id.String(), func(d *libvirt.Domain) (bool, error) { return d.GetAutostart() })
+}
+
+// SetAutostart says whether a persistent domain is to start with its host.
+func (c *Conn) SetAutostart(ctx context.Context, id plugin.UUID, on bool) error {
+	_, err := withDomain(ctx, c, id, "autostart of "+id.String(), func(d *libvirt.Domain) (struct{}, error) {
+		return struct{}{}, d.SetAutostart(on)
+	})
+	return err
 }
 
 // Create starts a transient domain, paused.

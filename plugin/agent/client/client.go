@@ -76,6 +76,8 @@ type Status struct {
 	Failure          string  `json:"failure,omitempty" yaml:"failure,omitempty"`
 	Retry            float64 `json:"retry_s,omitempty" yaml:"retry_s,omitempty"`
 	AnnotationError  string  `json:"annotation_error,omitempty" yaml:"annotation_error,omitempty"`
+	Definition       string  `json:"definition,omitempty" yaml:"definition,omitempty"`
+	DefinitionAge    float64 `json:"definition_age_s,omitempty" yaml:"definition_age_s,omitempty"`
 }
 
 // String is the line that messages show: who, what and why.
@@ -86,6 +88,9 @@ func (s Status) String() string {
 	}
 	if s.AnnotationError != "" {
 		text += ", " + s.AnnotationError
+	}
+	if s.Definition != "" {
+		text += fmt.Sprintf(", definition, for %.0f s: %s", s.DefinitionAge, s.Definition)
 	}
 	if s.Failure != "" {
 		text += ", failure: " + s.Failure
