@@ -54,6 +54,7 @@ type Disk struct {
 	Root   string `json:"root"`   // the blkreplay node, which the device uses
 	Format string `json:"format"`
 	Size   int64  `json:"size"` // virtual size, bytes
+	Used   int64  `json:"used"` // what the image takes of its host's storage; 0 if unknown
 }
 
 // PrepareRequest asks for a backup domain that waits for its state.
@@ -150,7 +151,7 @@ func (s *Source) Disks(ctx context.Context, id plugin.UUID, xml string) ([]Disk,
 	if err != nil {
 		return nil, err
 	}
-	sizes, err := s.sizes(ctx, id)
+	images, err := s.images(ctx, id)
 	if err != nil {
 		return nil, err
 	}
@@ -159,11 +160,11 @@ func (s *Source) Disks(ctx context.Context, id plugin.UUID, xml string) ([]Disk,
 		if n.ReadOnly {
 			continue // the backup's host has the same image; nothing could be written to a replica
 		}
-		size, ok := sizes[n.Node]
-		if _, replayed := sizes[n.Replay]; !ok || !replayed {
+		image, ok := images[n.Node]
+		if _, replayed := images[n.Replay]; !ok || !replayed {
 			return nil, fmt.Errorf("%w: %s: QEMU has no block node %q below %q", ErrDisk, n.Target, n.Node, n.Replay)
 		}
-		d := Disk{Target: n.Target, Root: n.Replay, Format: "raw", Size: size}
+		d := Disk{Target: n.Target, Root: n.Replay, Format: "raw", Size: image.Size, Used: image.Used}
 		for _, x := range dom.Devices.Disks {
 			if x.Target != nil && x.Target.Dev == n.Target && x.Driver != nil && x.Driver.Type != "" {
 				d.Format = x.Driver.Type
@@ -174,21 +175,25 @@ func (s *Source) Disks(ctx context.Context, id plugin.UUID, xml string) ([]Disk,
 	return disks, nil
 }
 
-func (s *Source) sizes(ctx context.Context, id plugin.UUID) (map[string]int64, error) {
+// image is what QEMU tells of one.
+type image struct {
+	Size int64 `json:"virtual-size"`
+	Used int64 `json:"actual-size"`
+}
+
+func (s *Source) images(ctx context.Context, id plugin.UUID) (map[string]image, error) {
 	var nodes []struct {
 		NodeName string `json:"node-name"`
-		Image    struct {
-			VirtualSize int64 `json:"virtual-size"`
-		} `json:"image"`
+		Image    image  `json:"image"`
 	}
 	if err := s.Local.Monitor(ctx, id, "query-named-block-nodes", map[string]any{"flat": true}, &nodes); err != nil {
 		return nil, err
 	}
-	sizes := map[string]int64{}
+	images := map[string]image{}
 	for _, n := range nodes {
-		sizes[n.NodeName] = n.Image.VirtualSize
+		images[n.NodeName] = n.Image
 	}
-	return sizes, nil
+	return images, nil
 }
 
 // Clone makes the backup. On an error that wraps neither ErrAfterSwitch nor

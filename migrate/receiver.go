@@ -27,6 +27,7 @@ var (
 	ErrEpoch  = errors.New("not the epoch that is being cloned")
 	ErrFormat = errors.New("unsupported disk format")
 	ErrTarget = errors.New("not the name of a disk")
+	ErrSpace  = errors.New("not enough room for the backup's disks")
 )
 
 // Hypervisor is what the receiver needs of the backup's libvirt.
@@ -129,6 +130,9 @@ func (r *Receiver) Prepare(ctx context.Context, req PrepareRequest) (reply Prepa
 		paths[d.Target] = path
 	}
 	r.removeOld()
+	if err := r.checkSpace(); err != nil {
+		return reply, err
+	}
 	xml, nodes, err := r.Describe(req.XML, req.Epoch, paths)
 	if err != nil {
 		return reply, err

@@ -33,3 +33,31 @@ func TestReplicasStayWhereTheyBelong(t *testing.T) {
 		t.Errorf("made %v, %v", left, err)
 	}
 }
+
+// TestSpaceIsThere: a backup is not begun where its disks have no room, and those
+// that can grow only a little need only a little.
+func TestSpaceIsThere(t *testing.T) {
+	t.Parallel()
+	const most = 1 << 60 // more than any storage has
+	for _, c := range []struct {
+		disk Disk
+		fits bool
+	}{
+		{Disk{Target: "vda", Format: "raw", Size: most, Used: most / 2}, false},
+		{Disk{Target: "vda", Format: "raw", Size: most}, true},
+		{Disk{Target: "vda", Format: "raw", Size: 4096, Used: 4096}, true},
+		{Disk{Target: "vda", Format: "raw", Size: 4096, Used: most}, true},
+	} {
+		r := &Receiver{DiskDir: t.TempDir(), disks: []Disk{c.disk}}
+		if _, err := r.makeReplica(t.Context(), Disk{Target: "vda", Format: "raw"}); err != nil {
+			t.Fatal(err)
+		}
+		switch err := r.checkSpace(); {
+		case c.fits && err != nil, !c.fits && !errors.Is(err, ErrSpace):
+			t.Errorf("%+v: %v", c.disk, err)
+		}
+	}
+	if w := wants(Disk{Size: 1 << 40, Used: 100 << 30}); w != 101<<30 {
+		t.Errorf("a disk of 1 TiB that has 100 GiB wants %d", w)
+	}
+}

@@ -84,7 +84,7 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	var err error
 	// A libvirtd that is down or hangs must not keep pairs without their agent.
 	a.virt, err = virt.Open(a.cfg.LibvirtURI, virt.Events{
-		Started: func(i virt.Info) { a.notice(i.UUID) }, Stopped: a.stopped,
+		Started: func(i virt.Info) { a.notice(i.UUID) }, Stopped: a.stopped, DiskFailed: a.diskFailed,
 		MetadataChanged: a.notice, DefinitionChanged: a.notice, Reconnected: a.noticeAll,
 	})
 	if err != nil {
@@ -301,6 +301,7 @@ func (a *Agent) servePlugin(ctx context.Context, s *control.Session) {
 	v := newVM(s)
 	d.attach(ctx, v)
 	a.wg.Go(func() { d.watchSilence(ctx, v) })
+	a.wg.Go(func() { d.watchPause(ctx, v) })
 	err := v.run(ctx)
 	d.detach(ctx, v, err)
 }

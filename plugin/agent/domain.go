@@ -38,6 +38,7 @@ type domain struct {
 	clones   int          // clones under way, those that are being undone included
 	owned    plugin.Epoch // the newest epoch that the arbiter gave to this host
 	asking   bool         // a call of the arbiter is under way
+	resuming bool         // a call of libvirt to resume the copy here is
 	closing  map[plugin.Epoch]bool
 	failure  string // why the last clone failed
 	avoid    string // the peer on which it failed

@@ -175,6 +175,9 @@ func (d *domain) enable(ctx context.Context, info virt.Info, peer string) error 
 		return fmt.Errorf("%w: its definition was not made ready before its start: "+
 			"run 'ftvirt enable %s --peer %s --at-next-boot', shut it down, and start it", hooks.ErrNotTransformed, info.Name, peer)
 	}
+	if why := v.reports().pause; why != "" {
+		return pauseError(info.Name, why)
+	}
 	if _, err := rrlog.LayoutFor(v.Hello().QEMU.Major, v.Hello().QEMU.Minor); err != nil {
 		return err
 	}

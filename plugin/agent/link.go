@@ -73,9 +73,14 @@ func notifyEvent(c entry) (pair.Event, bool) {
 		if !ok {
 			return pair.Event{}, false
 		}
-		if n.String() == c.Kind {
-			return pair.Event{Kind: kind, Epoch: c.Epoch}, true
+		if n.String() != c.Kind {
+			continue
 		}
+		ev := pair.Event{Kind: kind, Epoch: c.Epoch}
+		if kind == pair.EventPeerUnfit || kind == pair.EventDiscard {
+			ev.Reason, _ = pair.ParseReason(c.Reason) // one of a later version is none
+		}
+		return ev, true
 	}
 }
 

@@ -76,6 +76,7 @@ func (d *domain) measure(s Status) metrics.Domain {
 	m := metrics.Domain{
 		Name: s.Domain, UUID: s.UUID, Role: s.Role, State: s.State.String(), Peer: s.Peer, Epoch: s.Epoch,
 		Instructions: s.Instructions, ClonePause: seconds(s.ClonePause), Events: d.tally.read(), Failing: s.Failure != "",
+		Running: v != nil && s.Paused == "",
 	}
 	if s.ClonePhase != "" {
 		m.Clone = &metrics.Clone{Transferred: s.CloneTransferred, Remaining: s.CloneRemaining}

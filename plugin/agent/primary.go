@@ -448,9 +448,15 @@ func (p *primary) control(c entry) {
 		p.pace(time.Duration(c.LagMicros) * time.Microsecond)
 		return
 	}
-	if ev, ok := notifyEvent(c); ok {
-		p.d.post(ev)
+	ev, ok := notifyEvent(c)
+	if !ok {
+		return
 	}
+	if ev.Kind == pair.EventPeerUnfit {
+		p.d.a.log.Error("the backup is none any more", "domain", p.d.label(), "epoch", p.epoch, "peer", p.peer, "reason", ev.Reason)
+		p.d.setAvoid(p.peer)
+	}
+	p.d.post(ev)
 }
 
 // pace takes a report of the backup's lag, and slows the primary down if need be.

@@ -58,6 +58,9 @@ func (d *domain) execute(ctx context.Context, act pair.Action) {
 	case pair.ActionKillLocalVM:
 		d.removing(func() { d.remove(ctx, v, nil) })
 	case pair.ActionDiscardBackup:
+		if b != nil && act.Reason == pair.IOError {
+			b.receiver.Keep = false // a disk that failed is no seed, and its room is wanted
+		}
 		d.removing(func() { d.remove(ctx, v, b) })
 	case pair.ActionNotifyPeer:
 		c := entry{Kind: act.Notify.String(), Epoch: act.Epoch, Reason: act.Reason.String()}
@@ -69,6 +72,8 @@ func (d *domain) execute(ctx context.Context, act pair.Action) {
 		}
 	case pair.ActionAnnounce:
 		d.a.wg.Go(func() { d.settleHere(ctx) })
+	case pair.ActionResume:
+		d.resumePaused(ctx, v)
 	case pair.ActionCollectDiagnosis:
 		d.diagnose(act.Epoch, v, b)
 	case pair.ActionProbeArbiter:

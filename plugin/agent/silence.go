@@ -55,13 +55,17 @@ func (d *domain) watchSilence(ctx context.Context, v *vm) {
 		v.mu.Unlock()
 		if mode != control.ModeRecord && mode != control.ModeReplay {
 			s = silence{} // it has nothing to report
+			v.silent.Store(false)
 			continue
 		}
 		silent, spoke := s.tick(report)
+		if silent || spoke {
+			v.silent.Store(silent)
+		}
 		switch status, _, _, b := d.snapshot(); {
 		case silent && mode == control.ModeReplay && b != nil && status.State == pair.Protected:
-			d.a.log.Error("the backup's QEMU does not run; it is discarded", "domain", d.label(), "epoch", b.epoch, "silent_for", limit)
-			d.post(pair.Event{Kind: pair.EventLocalDiverged, Epoch: b.epoch})
+			d.a.log.Error("the backup's QEMU does not run: it is none", "domain", d.label(), "epoch", b.epoch, "silent_for", limit)
+			d.post(pair.Event{Kind: pair.EventLocalUnfit, Epoch: b.epoch, Reason: pair.Stuck})
 		case silent:
 			d.a.log.Warn("the domain's QEMU does not run: the guest stands still", "domain", d.label(), "silent_for", limit)
 		case spoke:

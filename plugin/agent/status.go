@@ -25,6 +25,10 @@ type Status struct {
 	Peer   string       `json:"peer,omitempty" yaml:"peer,omitempty"`
 	// Mode is what the plugin in QEMU does; "none" without one.
 	Mode string `json:"mode" yaml:"mode"`
+	// Paused says why the copy here stands still, if it does: QEMU's word, such as
+	// "io-error" for a disk that failed or is full and "paused" for what somebody
+	// did by hand, or "stuck" for a QEMU that does not run.
+	Paused string `json:"paused,omitempty" yaml:"paused,omitempty"`
 	// Channel is how the logging channel of this host is secured: "tls", or
 	// "plaintext".
 	Channel string `json:"channel" yaml:"channel"`
@@ -104,7 +108,10 @@ func (d *domain) report() Status {
 		return st
 	}
 	r := v.reports()
-	st.Mode, st.Instructions = r.Mode.String(), r.Icount
+	st.Mode, st.Instructions, st.Paused = r.Mode.String(), r.Icount, r.pause
+	if v.silent.Load() {
+		st.Paused = pair.Stuck.String()
+	}
 	if r.Mode == control.ModeLive && st.Role == plugin.RoleNone {
 		st.Role = plugin.RolePrimary
 	}

@@ -30,10 +30,13 @@ type vm struct {
 	switched atomic.Uint64
 	// What was posted of a backup: each once.
 	loaded, running, live, left atomic.Bool
+	// silent: it has said nothing for so long that its QEMU does not run.
+	silent atomic.Bool
 
 	mu       sync.Mutex
 	changed  chan struct{} // closed and renewed at each report
 	state    control.State
+	pause    string // see control.State.Pause; it outlives other reports of a VM that stands still
 	consumed control.Consumed
 	stats    control.Stats
 	diverged *control.Diverged
@@ -67,7 +70,13 @@ func (v *vm) run(ctx context.Context) error {
 			}
 			return f(pos, p)
 		},
-		State:    func(s control.State) { v.report(func() { v.state = s }) },
+		State: func(s control.State) {
+			v.report(func() {
+				if v.state = s; s.Running || s.Text == control.Held || s.Pause() != "" {
+					v.pause = s.Pause()
+				}
+			})
+		},
 		Consumed: func(c control.Consumed) { v.report(func() { v.consumed = c }) },
 		Stats:    func(s control.Stats) { v.report(func() { v.stats = s }) },
 		Diverged: func(d control.Diverged) { v.report(func() { v.diverged = &d }) },
@@ -125,6 +134,7 @@ func (v *vm) watch(f func()) {
 // reports is a snapshot of what the plugin told.
 type reports struct {
 	control.State
+	pause    string
 	consumed control.Consumed
 	stats    control.Stats
 	diverged *control.Diverged
@@ -139,7 +149,7 @@ func (v *vm) reports() reports {
 
 // reported does so with the lock held.
 func (v *vm) reported() reports {
-	return reports{State: v.state, consumed: v.consumed, stats: v.stats, diverged: v.diverged, looked: v.looked}
+	return reports{State: v.state, pause: v.pause, consumed: v.consumed, stats: v.stats, diverged: v.diverged, looked: v.looked}
 }
 
 // wait returns when cond holds for what the plugin reported. A command that it

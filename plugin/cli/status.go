@@ -17,7 +17,13 @@ import (
 )
 
 // stateOf is the state with its reason, if there is one worth telling.
-func stateOf(s client.Status) string { return withReason(s.State, s.Reason) }
+func stateOf(s client.Status) string {
+	text := withReason(s.State, s.Reason)
+	if s.Paused != "" {
+		text += ", paused: " + s.Paused
+	}
+	return text
+}
 
 func withReason(state, reason string) string {
 	if reason == "" || reason == "none" {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"ftvirt.org/ftvirt/plugin"
@@ -126,6 +127,20 @@ type State struct {
 	Dropped uint64
 	Text    string
 }
+
+// Pause tells why a VM does not run that was stopped, as QEMU calls it: "paused"
+// by somebody, "io-error", "watchdog" or "guest-panicked". It is empty for one
+// that runs, and for one that only stands still for a moment.
+func (s State) Pause() string {
+	why, ok := strings.CutPrefix(s.Text, "stopped: ")
+	if s.Running || !ok {
+		return ""
+	}
+	return why
+}
+
+// PauseIOError is what Pause says of a VM that an error of a disk stopped.
+const PauseIOError = "io-error"
 
 // Consumed reports how far the backup has replayed.
 type Consumed struct {

@@ -7,8 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+
+	"ftvirt.org/ftvirt/plugin/config"
 )
 
 // MountSmall gives a directory of the host a file system of its own, in memory
@@ -27,6 +30,65 @@ func (h *Host) MountSmall(ctx context.Context, path string, bytes, files int) er
 		h.own = append(h.own, ownMount{filepath.Clean(path), p})
 	}
 	return err
+}
+
+// UnmountSmall takes such a file system away, with all that is in it.
+func (h *Host) UnmountSmall(ctx context.Context, path string) error {
+	path = filepath.Clean(path)
+	// Lazily: somebody may have a file of it open still.
+	if _, err := h.Exec(ctx, "umount", "-l", path); err != nil {
+		return err
+	}
+	h.own = slices.DeleteFunc(h.own, func(m ownMount) bool { return m.path == path })
+	return nil
+}
+
+// imageDirs are where a host has disks: those that its domains were defined
+// with, and the replicas of backups, which become disks at a failover.
+func imageDirs() []string { return []string{ImageDir, config.Default().Clone.DiskDir} }
+
+// MountImages gives the directories of the host's disks small file systems, see
+// MountSmall. No domain may have a disk there yet.
+func (h *Host) MountImages(ctx context.Context, bytes int) error {
+	for _, dir := range imageDirs() {
+		if err := h.MountSmall(ctx, dir, bytes, imageFiles); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// imageFiles is how many files a small file system for disks may have.
+const imageFiles = 256
+
+// UnmountImages undoes MountImages.
+func (h *Host) UnmountImages(ctx context.Context) error {
+	var errs []error
+	for _, dir := range imageDirs() {
+		errs = append(errs, h.UnmountSmall(ctx, dir))
+	}
+	return errors.Join(errs...)
+}
+
+// FillImages leaves no byte where the host has its disks, after MountImages, and
+// returns what gives the room back.
+func (h *Host) FillImages(ctx context.Context) (free func(context.Context) error, err error) {
+	var undo []func(context.Context) error
+	free = func(ctx context.Context) error {
+		var errs []error
+		for _, f := range undo {
+			errs = append(errs, f(ctx))
+		}
+		return errors.Join(errs...)
+	}
+	for _, dir := range imageDirs() {
+		f, err := h.Fill(ctx, dir, false)
+		if err != nil {
+			return nil, errors.Join(err, free(context.WithoutCancel(ctx)))
+		}
+		undo = append(undo, f)
+	}
+	return free, nil
 }
 
 // ownMount is a directory that has another content for the host than what the

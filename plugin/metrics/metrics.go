@@ -34,6 +34,8 @@ type Domain struct {
 	Epoch       plugin.Epoch
 	// Connected tells that the session with the peer's agent is there.
 	Connected bool
+	// Running tells that there is a copy here, and that it is not paused.
+	Running bool
 	// Failing tells that the newest try to get a backup failed.
 	Failing bool
 	// Silence is how long the peer sent neither heartbeats nor log nor acks.

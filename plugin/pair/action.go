@@ -50,6 +50,8 @@ const (
 	ActionProbeArbiter
 	// ActionAnswer: tell the user that Request was carried out or Refused.
 	ActionAnswer
+	// ActionResume: let the copy here, which is paused, go on if it can.
+	ActionResume
 	numActions
 )
 
@@ -57,6 +59,7 @@ var actionNames = [numActions]string{
 	"log", "emit-event", "start-clone", "abort-clone", "acquire-arbiter", "close-epoch", "forget", "promote",
 	"open-gate", "stop-logging", "kill-local-vm", "discard-backup", "notify-peer", "announce", "collect-diagnosis",
 	"probe-arbiter", "answer",
+	"resume",
 }
 
 func (k ActionKind) String() string { return name(actionNames[:], k) }
@@ -76,6 +79,9 @@ const (
 	NotifyQEMUDied
 	// NotifyDiverged: the backup diverged and is gone.
 	NotifyDiverged
+	// NotifyUnfit: the backup does not run, or is no exact copy any more. It is
+	// there until it is discarded.
+	NotifyUnfit
 	// NotifyStopping: the agent here stops. Sent by the agent on its own.
 	NotifyStopping
 	// NotifyPoweredOff: the domain was stopped on purpose.
@@ -88,7 +94,7 @@ const (
 )
 
 var notifyNames = [numNotifies]string{
-	"none", "switched", "running", "clone-failed", "qemu-died", "diverged", "stopping", "powered-off", "discard", "disable",
+	"none", "switched", "running", "clone-failed", "qemu-died", "diverged", "unfit", "stopping", "powered-off", "discard", "disable",
 }
 
 func (n Notify) String() string { return name(notifyNames[:], n) }
@@ -107,6 +113,8 @@ func (n Notify) Event() (EventKind, bool) {
 		return EventPeerQEMUDied, true
 	case NotifyDiverged:
 		return EventPeerDiverged, true
+	case NotifyUnfit:
+		return EventPeerUnfit, true
 	case NotifyStopping:
 		return EventPeerStopping, true
 	case NotifyPoweredOff:

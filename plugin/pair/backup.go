@@ -76,6 +76,8 @@ func (m *Machine) stepReplaying(ev Event) {
 	case EventLocalDiverged:
 		m.diverged()
 		m.notify(NotifyDiverged)
+	case EventLocalUnfit, EventLocalPaused:
+		m.becomeUnfit(ev)
 	case EventPluginLost:
 		m.pluginOut = m.cfg.Plugin
 	case EventPluginRestored:
@@ -84,6 +86,61 @@ func (m *Machine) stepReplaying(ev Event) {
 		m.unfenced()
 	default:
 		m.ignore(ev)
+	}
+}
+
+// becomeUnfit: the copy here is no backup. It is left to the primary to discard
+// it: should that be dead, this copy is all that there is, and may go on yet.
+func (m *Machine) becomeUnfit(ev Event) {
+	m.note(ev)
+	if !m.entitled() {
+		m.failClone(m.unfit)
+		return
+	}
+	if m.state == Protected {
+		m.becomeProtected(m.graceReason())
+	}
+	m.tellUnfit()
+}
+
+func (m *Machine) note(ev Event) {
+	if m.unfit == ReasonNone || ev.Reason == IOError {
+		m.unfit = ev.Reason
+	}
+	m.paused = m.paused || ev.Kind == EventLocalPaused
+}
+
+func (m *Machine) tellUnfit() {
+	m.do(Action{Kind: ActionNotifyPeer, Notify: NotifyUnfit, Reason: m.unfit})
+}
+
+// holdPaused keeps a copy that is to go live and is paused, as by a full disk,
+// until it runs: nothing else of the domain may be left.
+func (m *Machine) holdPaused() {
+	if m.state == GoingLive && m.paused {
+		m.becomeGoingLive(m.unfit)
+		m.promote, m.resumeAgain = 0, 1
+	}
+}
+
+// resumed: the QEMU here runs again. One that was paused by hand has missed
+// nothing.
+func (m *Machine) resumed() {
+	if !m.paused {
+		return
+	}
+	m.paused, m.resumeAgain = false, 0
+	if m.unfit == Paused {
+		m.unfit = ReasonNone
+	}
+	switch {
+	case m.state == Protected:
+		m.becomeProtected(m.graceReason())
+	case m.state == GoingLive:
+		m.becomeGoingLive(m.cause)
+		if m.won {
+			m.promote = m.cfg.Promote
+		}
 	}
 }
 
@@ -135,6 +192,11 @@ func (m *Machine) stepPromoting(ev Event) {
 		m.vm = false
 		m.notify(NotifyQEMUDied)
 		m.lostPromotion(QEMUDied)
+	case EventLocalUnfit:
+		m.note(ev)
+	case EventLocalPaused:
+		m.note(ev)
+		m.holdPaused()
 	case EventLocalDiverged:
 		m.diverged()
 		if m.won {
@@ -163,9 +225,11 @@ func (m *Machine) promoteStuck() {
 }
 
 func (m *Machine) diverged() {
+	// What left the log after an error of its disk did so for that.
+	reason := refine(Divergence, m.unfit)
 	m.do(Action{Kind: ActionCollectDiagnosis})
-	m.discard(Divergence)
-	m.becomeFailed(Divergence)
+	m.discard(reason)
+	m.becomeFailed(reason)
 }
 
 // poweredOff ends the pair on the backup's side. The epoch is left to the

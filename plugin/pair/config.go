@@ -42,6 +42,9 @@ type Config struct {
 	Answer int
 	// RetryMin and RetryMax bound the pause after "unavailable"; it doubles.
 	RetryMin, RetryMax int
+	// Resume is the pause before a copy that is paused while it goes live is made
+	// to try again.
+	Resume int
 	// Remove is the pause before an order to end QEMU is repeated.
 	Remove int
 }
@@ -60,6 +63,7 @@ func DefaultConfig() Config {
 		Answer:   100, // 5 s
 		RetryMin: 4,   // 200 ms
 		RetryMax: 40,  // 2 s
+		Resume:   20,  // 1 s
 		Remove:   40,  // 2 s
 	}
 }
@@ -73,7 +77,7 @@ func (c Config) Validate() error {
 		{"grace", c.Grace}, {"stopping", c.Stopping}, {"away", c.Away}, {"adopt", c.Adopt},
 		{"stall", c.Stall}, {"settle", c.Settle}, {"plugin", c.Plugin},
 		{"promote", c.Promote}, {"answer", c.Answer}, {"retry-min", c.RetryMin}, {"retry-max", c.RetryMax},
-		{"remove", c.Remove},
+		{"resume", c.Resume}, {"remove", c.Remove},
 	} {
 		if f.value < 1 {
 			return fmt.Errorf("%w: %s is %d ticks, at least 1 is needed", ErrConfig, f.name, f.value)

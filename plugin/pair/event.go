@@ -54,6 +54,13 @@ const (
 	EventDomainStopped
 	// EventLocalDiverged: the backup here left the primary's execution.
 	EventLocalDiverged
+	// EventLocalUnfit: the copy here is no exact copy any more, or does not run,
+	// for Reason.
+	EventLocalUnfit
+	// EventLocalPaused: it is unfit, since its QEMU was paused.
+	EventLocalPaused
+	// EventLocalResumed: its QEMU runs again.
+	EventLocalResumed
 	// EventWentLive: the plugin consumed the log and runs the domain itself.
 	EventWentLive
 
@@ -67,6 +74,8 @@ const (
 	EventPeerQEMUDied
 	// EventPeerDiverged: the backup told that it diverged.
 	EventPeerDiverged
+	// EventPeerUnfit: the backup told that it is unfit, for Reason.
+	EventPeerUnfit
 	// EventPeerStopping: the peer's host or agent is about to stop.
 	EventPeerStopping
 	// EventPeerPoweredOff: the domain was stopped on purpose on the primary.
@@ -92,8 +101,9 @@ var eventNames = [numEvents]string{
 	"tick",
 	"enable", "user-disable", "user-failover", "adopt", "prepare-backup",
 	"clone-progress", "clone-failed", "switched", "primary-switched", "clone-loaded", "backup-running",
-	"plugin-lost", "plugin-restored", "qemu-died", "domain-stopped", "local-diverged", "went-live",
-	"session-lost", "session-restored", "peer-dead", "peer-qemu-died", "peer-diverged", "peer-stopping",
+	"plugin-lost", "plugin-restored", "qemu-died", "domain-stopped", "local-diverged",
+	"local-unfit", "local-paused", "local-resumed", "went-live",
+	"session-lost", "session-restored", "peer-dead", "peer-qemu-died", "peer-diverged", "peer-unfit", "peer-stopping",
 	"peer-powered-off", "discard",
 	"arbiter-won", "arbiter-lost", "arbiter-unavailable", "arbiter-answers", "arbiter-silent",
 }
@@ -105,7 +115,7 @@ func (k EventKind) String() string { return name(eventNames[:], k) }
 func (k EventKind) fenced() bool {
 	switch k {
 	case EventCloneProgress, EventCloneFailed, EventSwitched, EventPrimarySwitched, EventCloneLoaded,
-		EventBackupRunning, EventPeerQEMUDied, EventPeerDiverged, EventPeerStopping, EventPeerPoweredOff,
+		EventBackupRunning, EventPeerQEMUDied, EventPeerDiverged, EventPeerUnfit, EventPeerStopping, EventPeerPoweredOff,
 		EventDiscard, EventArbiterWon, EventArbiterLost, EventArbiterUnavailable,
 		EventArbiterAnswers, EventArbiterSilent:
 		return true
@@ -127,7 +137,8 @@ type Event struct {
 	Role plugin.Role
 	// Alone: EventAdopt.
 	Alone bool
-	// Reason may refine EventCloneFailed and EventDiscard.
+	// Reason may refine EventCloneFailed and EventDiscard. EventLocalUnfit,
+	// EventLocalPaused and EventPeerUnfit have one.
 	Reason Reason
 	// Winner is the host that owns the epoch: EventArbiterLost.
 	Winner string

@@ -28,6 +28,13 @@ type Machine struct {
 	// loaded, primarySwitched, running: the backup's way to Protected.
 	loaded, primarySwitched, running bool
 
+	// unfit says why the backup's copy here is none, ReasonNone if it is one.
+	unfit Reason
+	// paused: its QEMU was paused before it was live. As long as that lasts while
+	// it goes live, it is resumed after resumeAgain ticks.
+	paused      bool
+	resumeAgain int
+
 	sessionLost bool
 	// adopted: the peer may have missed what an earlier agent had to tell.
 	adopted bool
@@ -120,6 +127,8 @@ func (m *Machine) Step(ev Event) []Action {
 		if m.stall > 0 {
 			m.stall = m.cfg.Stall
 		}
+	case EventLocalResumed:
+		m.resumed()
 	case EventQEMUDied:
 		if m.removing != 0 {
 			m.removing, m.vm = 0, false
@@ -229,6 +238,10 @@ func (m *Machine) tick() {
 	if expired(&m.promote) {
 		m.promoteStuck()
 	}
+	if m.paused && expired(&m.resumeAgain) {
+		m.resumeAgain = m.cfg.Resume
+		m.do(Action{Kind: ActionResume})
+	}
 	if m.removing != 0 && expired(&m.removeAgain) {
 		m.remove(m.removing, m.removeFor)
 	}
@@ -272,6 +285,7 @@ func (m *Machine) goLive(cause Reason) {
 	m.becomeGoingLive(cause)
 	m.backoff = m.cfg.RetryMin
 	m.ask()
+	m.holdPaused()
 }
 
 // userAsks carries a user's request out. One that would end a copy of a pair
@@ -365,6 +379,7 @@ func (m *Machine) arbiterWon() {
 		m.won, m.promote = true, m.cfg.Promote
 		m.becomeGoingLive(m.cause)
 		m.do(Action{Kind: ActionPromote})
+		m.holdPaused()
 	case m.state == GoingLive:
 		m.won = true
 		m.do(Action{Kind: ActionOpenGate})
@@ -441,6 +456,7 @@ func (m *Machine) ignore(ev Event) { m.logf("ignored %s while %s", ev.Kind, m.St
 
 func (m *Machine) becomeUnprotected(reason Reason) {
 	m.calm()
+	m.paused = false
 	m.become(Unprotected, reason)
 }
 
@@ -471,6 +487,7 @@ func (m *Machine) becomeLive(reason Reason) {
 
 func (m *Machine) becomeFailed(reason Reason) {
 	m.calm()
+	m.paused = false
 	m.stopAsking()
 	m.become(Failed, reason)
 }

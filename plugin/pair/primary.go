@@ -42,6 +42,8 @@ func (m *Machine) stepCloning(ev Event) {
 		m.abortClone(PeerAgentLost)
 	case EventPeerQEMUDied, EventPeerDiverged, EventPeerStopping:
 		m.abortClone(CloneFailed)
+	case EventLocalUnfit, EventLocalPaused, EventPeerUnfit:
+		m.abortClone(ev.Reason)
 	case EventPluginLost:
 		m.abortClone(PluginLost)
 	default:
@@ -92,6 +94,10 @@ func (m *Machine) stepRecording(ev Event) {
 		m.goLive(BackupLost)
 	case EventPeerDiverged:
 		m.goLive(Divergence)
+	case EventLocalUnfit, EventLocalPaused, EventPeerUnfit:
+		// A disk request that failed here and not there, or there and not here:
+		// from then on only one of the two can go on, and the one here is seen.
+		m.goLive(ev.Reason)
 	case EventPeerStopping:
 		// The backup's agent may be restarting. Outputs wait for it, so not
 		// for long.
@@ -127,7 +133,10 @@ func (m *Machine) backupWell() bool {
 func (m *Machine) heal() {
 	m.sessionLost, m.grace, m.stopping = false, 0, 0
 	if m.state == Protected {
-		m.becomeProtected(ReasonNone)
+		m.becomeProtected(m.unfit)
+	}
+	if m.unfit != ReasonNone {
+		m.tellUnfit() // the word of before may be lost
 	}
 	if m.adopted && m.part == rolePrimary {
 		// Whether its backup was told is not known any more.
@@ -140,7 +149,7 @@ func (m *Machine) graceReason() Reason {
 	if m.grace > 0 {
 		return m.graceFor
 	}
-	return ReasonNone
+	return m.unfit
 }
 
 // primaryDied: the backup is to go live. This side does not ask the arbiter,

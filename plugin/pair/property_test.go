@@ -41,6 +41,7 @@ type hostModel struct {
 	// leaves at once, that is, the world takes it for the domain.
 	alive, seen bool
 	stuck       bool // its plugin never finishes going live
+	paused      bool // its QEMU is, until it is resumed
 }
 
 // entry is an event that was stepped, or the name of an operation.
@@ -81,7 +82,7 @@ func newWorld(seed uint64, seen map[Transition]bool) *world {
 // newMachine is what an agent begins with.
 func (w *world) newMachine(h *hostModel) {
 	m, err := New(Config{
-		Grace: 3, Stopping: 8, Away: 4, Adopt: 4, Stall: 20, Settle: 8, Plugin: 4, Promote: 30, Answer: 6, RetryMin: 1, RetryMax: 4, Remove: 3,
+		Grace: 3, Stopping: 8, Away: 4, Adopt: 4, Stall: 20, Settle: 8, Plugin: 4, Promote: 30, Answer: 6, RetryMin: 1, RetryMax: 4, Resume: 2, Remove: 3,
 	})
 	if err != nil {
 		panic(err)
@@ -147,10 +148,12 @@ func (w *world) execute(side int, a Action) {
 		h.seen = h.alive
 	case ActionPromote:
 		w.mustOwn(side, a)
-		local("go live", func() {
-			if h.alive && !h.stuck && current() && h.machine.Status().State == GoingLive {
-				h.seen = true
-				w.step(side, Event{Kind: EventWentLive})
+		w.promote(side, a)
+	case ActionResume:
+		local("resume", func() {
+			if h.alive && h.paused && w.rng.IntN(3) > 0 {
+				h.paused = false
+				w.step(side, Event{Kind: EventLocalResumed})
 			}
 		})
 	case ActionKillLocalVM, ActionDiscardBackup:
@@ -172,7 +175,7 @@ func (w *world) execute(side int, a Action) {
 			}
 			w.step(peer, Event{Kind: EventPrepareBackup, Epoch: a.Epoch, Peer: "p"})
 			if s := p.machine.Status(); s.Epoch == a.Epoch && s.State == Cloning {
-				p.alive, p.seen, p.stuck = true, false, false
+				p.alive, p.seen, p.stuck, p.paused = true, false, false, false
 			}
 		})
 		local("switch", func() {
@@ -192,10 +195,41 @@ func (w *world) execute(side int, a Action) {
 		}
 		w.later("deliver "+a.Notify.String(), func() {
 			if w.rng.IntN(8) > 0 {
-				w.step(peer, Event{Kind: kind, Epoch: a.Epoch})
+				w.step(peer, Event{Kind: kind, Epoch: a.Epoch, Reason: a.Reason})
 			}
 		})
 	}
+}
+
+// promote lets a copy go live when it runs.
+func (w *world) promote(side int, a Action) {
+	h := w.host[side]
+	w.later(fmt.Sprintf("%c go live", 'A'+side), func() {
+		if s := h.machine.Status(); h.crashed || !h.alive || h.stuck || s.Epoch != a.Epoch || s.State != GoingLive {
+			return
+		}
+		if h.paused {
+			w.promote(side, a)
+			return
+		}
+		h.seen = true
+		w.step(side, Event{Kind: EventWentLive})
+	})
+}
+
+// pause lets a copy be paused: in a pair it is none of the domain any more.
+func (w *world) pause(side int) {
+	h := w.host[side]
+	s := h.machine.Status()
+	if !h.alive || h.seen && s.Role == plugin.RoleBackup || s.Removing {
+		return
+	}
+	reason := IOError
+	if s.Role == plugin.RoleBackup && w.rng.IntN(2) == 0 {
+		reason = Paused
+	}
+	h.paused = s.Role == plugin.RoleBackup
+	w.step(side, Event{Kind: EventLocalPaused, Reason: reason})
 }
 
 // acquire is the model arbiter.
@@ -290,7 +324,7 @@ func (w *world) chance() {
 	h := w.host[side]
 	local := func(kind EventKind) { w.step(side, Event{Kind: kind}) }
 	remote := func(kind EventKind) { w.step(side, Event{Kind: kind, Epoch: h.machine.Status().Epoch}) }
-	switch w.rng.IntN(35) {
+	switch w.rng.IntN(37) {
 	case 0, 1, 2:
 		w.enable(side)
 	case 3, 4:
@@ -359,6 +393,8 @@ func (w *world) chance() {
 		}
 	case 29:
 		w.restartAgent(side)
+	case 30, 31:
+		w.pause(side)
 	default:
 		local(EventTick)
 	}
@@ -475,7 +511,7 @@ func runWorld(t *testing.T, seed uint64, seen map[Transition]bool) {
 // broken sessions, wrong suspicion, an arbiter that comes and goes.
 func (w *world) chanceWithoutLoss() {
 	side := w.rng.IntN(2)
-	switch w.rng.IntN(13) {
+	switch w.rng.IntN(14) {
 	case 0, 1:
 		w.enable(side)
 	case 2:
@@ -490,6 +526,8 @@ func (w *world) chanceWithoutLoss() {
 		w.step(side, Event{Kind: EventCloneFailed, Epoch: w.host[side].machine.Status().Epoch})
 	case 8:
 		w.step(side, Event{Kind: EventUserDisable})
+	case 9:
+		w.pause(side)
 	default:
 		w.step(side, Event{Kind: EventTick})
 	}

@@ -4,6 +4,7 @@ package pair
 
 import (
 	"fmt"
+	"slices"
 
 	"ftvirt.org/ftvirt/plugin"
 )
@@ -86,6 +87,13 @@ const (
 	AgentRestarted
 	// Unfenced: the copy went live without the arbiter and was killed for it.
 	Unfenced
+	// IOError: a disk of one copy failed or is full. That copy was paused for it,
+	// or its guest was told: the other one is no copy of it any more.
+	IOError
+	// Paused: the backup's QEMU was paused, by hand or by its guest.
+	Paused
+	// Stuck: the backup's QEMU does not run, though its process is there.
+	Stuck
 	numReasons
 )
 
@@ -93,9 +101,16 @@ var reasonNames = [numReasons]string{
 	"none", "not-enabled", "initialising", "backup-lost", "primary-lost", "lost-connection",
 	"peer-agent-lost", "arbiter-lost", "arbiter-unavailable", "divergence", "clone-failed",
 	"user-request", "powered-off", "qemu-died", "plugin-lost", "peer-stopping", "needs-restart", "agent-restarted", "unfenced",
+	"io-error", "paused", "stuck",
 }
 
 func (r Reason) String() string { return name(reasonNames[:], r) }
+
+// ParseReason gives the reason of that name; false if this version has none.
+func ParseReason(name string) (Reason, bool) {
+	n := slices.Index(reasonNames[:], name)
+	return Reason(max(n, 0)), n >= 0
+}
 
 // MarshalText implements encoding.TextMarshaler.
 func (r Reason) MarshalText() ([]byte, error) { return []byte(r.String()), nil }

@@ -117,6 +117,26 @@ void ft_send_state(const char *text)
     ft_wake_io();
 }
 
+/* Tells that the VM stands still, and why: the agent is to know a copy that was
+ * paused, as by a disk without room, from one that runs. The lock is held. */
+void ft_send_stopped(void)
+{
+    static const char *const names[] = {
+        [Q_RUN_STATE_IO_ERROR] = "io-error",
+        [Q_RUN_STATE_PAUSED] = "paused",
+        [Q_RUN_STATE_WATCHDOG] = "watchdog",
+        [Q_RUN_STATE_GUEST_PANICKED] = "guest-panicked",
+    };
+    const size_t known = sizeof(names) / sizeof(names[0]);
+    char text[40] = "stopped";
+    unsigned state = ft.stop_state;
+
+    if (state < known && names[state]) {
+        snprintf(text, sizeof(text), "stopped: %s", names[state]);
+    }
+    ft_send_state(text);
+}
+
 void ft_send_digest(uint64_t pos, uint64_t icount, uint64_t hash)
 {
     uint8_t *p = ft.connected ? frame(DIGEST, 8 * 3) : NULL;
@@ -381,6 +401,9 @@ static const char *take_welcome(const uint8_t *p, size_t len)
         pthread_cond_broadcast(&ft.gate);
     }
     ft.connected = true;
+    if (ft.started && !ft.running) {
+        ft_send_stopped(); /* this agent has not heard of it */
+    }
     return NULL;
 }
 

@@ -101,6 +101,7 @@ struct ft_state {
     uint64_t epoch;
     bool started;      /* the first vm_start is over; main loop only */
     bool running;      /* the VM runs */
+    int stop_state;    /* QEMU's word for why it does not */
     bool arm;          /* switch to record after the next migration */
     uint64_t arm_epoch;
     bool promote;      /* replay: the end of the fed log is the end */
@@ -226,6 +227,7 @@ bool ft_thread(void *(*f)(void *), const char *name);
 bool ft_thread_with(void *(*f)(void *), const char *name, void *opaque);
 void ft_wake_io(void);
 void ft_send_state(const char *text);
+void ft_send_stopped(void);
 void ft_send_digest(uint64_t pos, uint64_t icount, uint64_t hash);
 bool ft_send_memory(uint64_t id, const char *name, uint64_t size, uint64_t from,
                     const uint8_t *hashes, size_t len);

@@ -309,7 +309,8 @@ static void stopping(void *opaque, bool running, int state)
     stopped(state);
     pthread_mutex_lock(&ft.lock);
     ft.running = false;
-    ft_send_state("stopped");
+    ft.stop_state = state;
+    ft_send_stopped();
     pthread_mutex_unlock(&ft.lock);
 }
 

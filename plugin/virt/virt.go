@@ -51,12 +51,22 @@ type Stopped struct {
 	Detail     string
 }
 
+// DiskError tells that a request to a disk failed.
+type DiskError struct {
+	UUID   plugin.UUID
+	Path   string // of the image, empty if that is not known
+	Reason string // "enospc", or empty
+	// Told: the guest was told of the error; else its QEMU is paused for it.
+	Told bool
+}
+
 // Events are called from libvirt's event loop: they must not block, and must
 // not call libvirt.
 type Events struct {
 	Started         func(Info)
 	Stopped         func(Stopped)
 	MetadataChanged func(plugin.UUID)
+	DiskFailed      func(DiskError)
 	// DefinitionChanged: it was defined, or its definition was removed.
 	DefinitionChanged func(plugin.UUID)
 	// Reconnected is called after libvirtd came back.
@@ -229,6 +239,14 @@ func (c *Conn) register(conn *libvirt.Connect) error {
 	_, err = conn.DomainEventMetadataChangeRegister(nil, func(_ *libvirt.Connect, d *libvirt.Domain, _ *libvirt.DomainEventMetadataChange) {
 		if id, err := uuidOf(d); err == nil && c.events.MetadataChanged != nil {
 			c.events.MetadataChanged(id)
+		}
+	})
+	if err != nil {
+		return err
+	}
+	_, err = conn.DomainEventIOErrorReasonRegister(nil, func(_ *libvirt.Connect, d *libvirt.Domain, e *libvirt.DomainEventIOErrorReason) {
+		if id, err := uuidOf(d); err == nil && c.events.DiskFailed != nil {
+			c.events.DiskFailed(DiskError{UUID: id, Path: e.SrcPath, Reason: e.Reason, Told: e.Action == libvirt.DOMAIN_EVENT_IO_ERROR_REPORT})
 		}
 	})
 	return err
@@ -487,6 +505,14 @@ func (c *Conn) Destroy(ctx context.Context, id plugin.UUID) error {
 	if errors.Is(err, ErrNoDomain) || errors.Is(err, libvirt.ERR_OPERATION_INVALID) {
 		return nil
 	}
+	return err
+}
+
+// Resume lets a domain run whose QEMU was paused.
+func (c *Conn) Resume(ctx context.Context, id plugin.UUID) error {
+	_, err := withDomain(ctx, c, id, "resume "+id.String(), func(d *libvirt.Domain) (struct{}, error) {
+		return struct{}{}, d.Resume()
+	})
 	return err
 }
 

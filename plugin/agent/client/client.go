@@ -54,6 +54,7 @@ type Status struct {
 	Epoch   plugin.Epoch `json:"epoch" yaml:"epoch"`
 	Peer    string       `json:"peer,omitempty" yaml:"peer,omitempty"`
 	Mode    string       `json:"mode" yaml:"mode"`
+	Paused  string       `json:"paused,omitempty" yaml:"paused,omitempty"`
 	Channel string       `json:"channel" yaml:"channel"`
 
 	Position       plugin.Position `json:"position" yaml:"position"`
@@ -83,6 +84,9 @@ type Status struct {
 // String is the line that messages show: who, what and why.
 func (s Status) String() string {
 	text := fmt.Sprintf("%s on %s: %s %s, reason %s, epoch %d, plugin %s", s.Domain, s.Host, s.Role, s.State, s.Reason, s.Epoch, s.Mode)
+	if s.Paused != "" {
+		text += ", paused: " + s.Paused
+	}
 	if s.ClonePhase != "" {
 		text += fmt.Sprintf(", clone %s, %d bytes remain", s.ClonePhase, s.CloneRemaining)
 	}

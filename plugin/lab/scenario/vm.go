@@ -310,3 +310,20 @@ func (vm *VM) QueryMonitor(ctx context.Context, h *lab.Host, limit time.Duration
 	_, err := h.Virsh(ctx, "qemu-monitor-command", vm.Name, `{"execute":"query-status"}`)
 	return time.Since(start), err
 }
+
+// WaitPaused waits until libvirt says that the domain's copy on a host does not
+// run, and why: "I/O error" or "user".
+func (vm *VM) WaitPaused(ctx context.Context, h *lab.Host, reason string, limit time.Duration) error {
+	var last string
+	err := poll(ctx, limit, func(ctx context.Context) (bool, error) {
+		out, err := h.Virsh(ctx, "domstate", "--reason", vm.Name)
+		if err == nil {
+			last = strings.TrimSpace(out)
+		}
+		return last == "paused ("+reason+")", nil
+	})
+	if err != nil {
+		return fmt.Errorf("%s to be paused on %s by %s: %w; it is %q", vm.Name, h.Name, reason, err, last)
+	}
+	return nil
+}
