@@ -43,6 +43,7 @@ type Agent struct {
 	transport channel.Transport
 	channel   channel.Config
 	detect    *detect.Service
+	links     *links
 	events    *journal
 	past      timelines // of what the page shows
 
@@ -61,7 +62,7 @@ type Agent struct {
 // New makes the agent of a host; Run starts it. Build is the version to show.
 func New(cfg config.Config, log *slog.Logger) (*Agent, error) {
 	a := &Agent{
-		cfg: cfg, log: log, domains: map[plugin.UUID]*domain{}, events: newJournal(),
+		cfg: cfg, log: log, domains: map[plugin.UUID]*domain{}, events: newJournal(), links: newLinks(sysNet),
 		channel: channel.DefaultConfig(), changed: make(chan plugin.UUID, 64), changedAll: make(chan struct{}, 1),
 	}
 	a.channel.Logger = log
@@ -302,6 +303,7 @@ func (a *Agent) servePlugin(ctx context.Context, s *control.Session) {
 	d.attach(ctx, v)
 	a.wg.Go(func() { d.watchSilence(ctx, v) })
 	a.wg.Go(func() { d.watchPause(ctx, v) })
+	a.wg.Go(func() { d.watchService(ctx, v) })
 	err := v.run(ctx)
 	d.detach(ctx, v, err)
 }

@@ -49,10 +49,14 @@ func (d *domain) beat(ctx context.Context, epoch plugin.Epoch, peer string, key 
 		return beats{}, fmt.Errorf("heartbeat address of %s: %w", peer, err)
 	}
 	p, err := d.register(ctx, epoch, addr, key, func() detect.Flags {
+		var f detect.Flags
 		if alive() {
-			return detect.QEMUAlive
+			f |= detect.QEMUAlive
 		}
-		return 0
+		if d.cutOff.Load() {
+			f |= detect.ServiceLost
+		}
+		return f
 	})
 	if err != nil {
 		return beats{}, err

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"ftvirt.org/ftvirt/migrate"
@@ -39,6 +40,9 @@ type domain struct {
 	owned    plugin.Epoch // the newest epoch that the arbiter gave to this host
 	asking   bool         // a call of the arbiter is under way
 	resuming bool         // a call of libvirt to resume the copy here is
+	yielded  plugin.Epoch // the newest for which the other host was let ask first
+	networks []string     // bridges and cards of this host that the copy here is connected to
+	cutOff   atomic.Bool  // one of them is cut off from the world
 	closing  map[plugin.Epoch]bool
 	failure  string // why the last clone failed
 	avoid    string // the peer on which it failed

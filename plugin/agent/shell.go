@@ -119,6 +119,12 @@ func (d *domain) acquire(ctx context.Context, epoch plugin.Epoch) {
 		return
 	}
 	d.a.wg.Go(func() {
+		if !d.letOther(ctx, epoch) {
+			d.mu.Lock()
+			d.asking = false
+			d.mu.Unlock()
+			return
+		}
 		ctx, cancel := context.WithTimeout(ctx, arbiterTimeout)
 		err := d.a.arbiter.Acquire(ctx, d.id, epoch, d.a.cfg.Host)
 		cancel()

@@ -45,6 +45,7 @@ type Config struct {
 	Agent     Agent           `toml:"agent"`
 	Channel   Channel         `toml:"channel"`
 	Heartbeat Heartbeat       `toml:"heartbeat"`
+	Service   Service         `toml:"service"`
 	Arbiter   Arbiter         `toml:"arbiter"`
 	Clone     Clone           `toml:"clone"`
 	Protect   Protect         `toml:"protect"`
@@ -95,6 +96,17 @@ type Heartbeat struct {
 	Listen   string        `toml:"listen"`
 	Interval time.Duration `toml:"interval"`
 	Timeout  time.Duration `toml:"timeout"`
+}
+
+// Service configures how a host that clients cannot reach is told from one that
+// they can.
+type Service struct {
+	// Links are the bridges or cards by which clients reach the guests; if empty,
+	// those that the domain's network cards are connected to.
+	Links []string `toml:"links"`
+	// Yield is how long a host of which one is down lets the other host of a pair
+	// ask the arbiter first; 0 is not at all.
+	Yield time.Duration `toml:"yield"`
 }
 
 // The kinds of arbiter.
@@ -223,6 +235,10 @@ func Default() Config {
 			Listen:   ":7701",
 			Interval: 50 * time.Millisecond,
 			Timeout:  500 * time.Millisecond,
+		},
+		Service: Service{
+			Links: []string{},
+			Yield: time.Second,
 		},
 		Arbiter: Arbiter{
 			Kind:      ArbiterDirectory,

@@ -253,6 +253,8 @@ func TestValidate(t *testing.T) {
 		"metrics.listen":            func(c *Config) { c.Metrics.Listen = "7702" },
 		"web.listen":                func(c *Config) { c.Web.Listen = "7703" },
 		"peers.b.channel":           func(c *Config) { c.Peers["b"] = Peer{Channel: ":1", Heartbeat: "b:2"} },
+		"service.links":             func(c *Config) { c.Service.Links = []string{"br0", "../br0"} },
+		"service.yield":             func(c *Config) { c.Service.Yield = time.Minute },
 		"peers.b.heartbeat":         func(c *Config) { c.Peers["b"] = Peer{Channel: "b:1", Heartbeat: "b:70000"} },
 		`peers."a b"`:               func(c *Config) { c.Peers["a b"] = Peer{Channel: "b:1", Heartbeat: "b:2"} },
 	} {

@@ -40,6 +40,8 @@ const (
 	// minBuffer holds any single event of a log: a full-size packet with
 	// offloads, with room to spare.
 	minBuffer = 1 * MiB
+	// maxYield bounds how long a domain is held for a host that may be dead.
+	maxYield = 3 * time.Second
 	// maxShift is QEMU's own limit for icount.
 	maxShift = 10
 	// maxSocketPath is sizeof(sun_path) less the final zero byte.
@@ -47,6 +49,9 @@ const (
 )
 
 var hostName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]{0,62})$`)
+
+// interfaceName is what Linux allows, but for what no path may have in it.
+var interfaceName = regexp.MustCompile(`^[A-Za-z0-9_-][A-Za-z0-9._@-]{0,14}$`)
 
 var certName = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9._-]{0,252})$`)
 
@@ -105,6 +110,13 @@ func (c Config) Validate() error {
 	v.check(c.Heartbeat.Timeout >= 4*c.Heartbeat.Interval, "heartbeat.timeout",
 		fmt.Sprintf("%s is less than four times heartbeat.interval (%s)", c.Heartbeat.Timeout, c.Heartbeat.Interval),
 		"a few lost datagrams would start a failover: raise it, or lower the interval")
+
+	for _, name := range c.Service.Links {
+		v.check(interfaceName.MatchString(name), "service.links", fmt.Sprintf("%q is not the name of a network interface", name),
+			"use names that 'ip link' shows")
+	}
+	v.check(c.Service.Yield >= 0 && c.Service.Yield <= maxYield, "service.yield", fmt.Sprintf("%s is out of range", c.Service.Yield),
+		fmt.Sprintf("use 0 to %s: the domain stands still meanwhile", maxYield))
 
 	v.arbiter(c.Arbiter)
 

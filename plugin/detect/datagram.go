@@ -66,7 +66,9 @@ const (
 	Stopping
 	// PoweredOff: the domain was stopped on purpose.
 	PoweredOff
-	knownFlags = QEMUAlive | Stopping | PoweredOff
+	// ServiceLost: the sender's links to the domain's clients are down.
+	ServiceLost
+	knownFlags = QEMUAlive | Stopping | PoweredOff | ServiceLost
 )
 
 func (f Flags) String() string {
@@ -74,7 +76,7 @@ func (f Flags) String() string {
 	for _, n := range []struct {
 		flag Flags
 		name string
-	}{{QEMUAlive, "qemu-alive"}, {Stopping, "stopping"}, {PoweredOff, "powered-off"}, {^knownFlags, "unknown"}} {
+	}{{QEMUAlive, "qemu-alive"}, {Stopping, "stopping"}, {PoweredOff, "powered-off"}, {ServiceLost, "service-lost"}, {^knownFlags, "unknown"}} {
 		if f&n.flag != 0 {
 			if text != "" {
 				text += ","
