@@ -32,11 +32,16 @@ type backup struct {
 	stopping sync.Once
 	receiver *migrate.Receiver
 
+	attaching sync.Mutex // held while a plugin is taken
+	opening   sync.Mutex // held while a session is made, before welcoming
 	welcoming sync.Mutex // held while a session is given, before mu
 
 	mu      sync.Mutex
-	stored  *channel.Store // nil until the backup's QEMU is there
-	conn    *channel.Conn
+	stored  *channel.Store  // nil until the backup's QEMU is there
+	newest  uint64          // the number of the newest session
+	writer  *channel.Writer // of that session, nil until it has sent log
+	conn    *channel.Conn   // nil while it is broken
+	feeding chan struct{}   // closed when the newest feeder has ended, nil before the first
 	vm      *vm
 	beats   beats
 	leaving bool // the arbiter is asked: nothing is acknowledged any more
@@ -61,7 +66,7 @@ func (d *domain) serve(ctx context.Context, in *channel.Incoming) {
 	mine := b != nil && b.epoch == in.Hello.Epoch && b.peer == in.Hello.From
 	switch {
 	case in.Hello.Purpose == channel.PurposeSession && mine:
-		b.resume(ctx, in)
+		b.open(ctx, in, true)
 	case in.Hello.Purpose == channel.PurposeSession && in.Hello.Target != "" && time.Since(d.a.started) < settleTime:
 		_ = in.Refuse(ctx, channel.RefuseBusy, "this agent has just started; ask again")
 	case in.Hello.Purpose == channel.PurposeSession && in.Hello.Target != "":
@@ -106,7 +111,7 @@ func (d *domain) beginBackup(ctx context.Context, in *channel.Incoming) {
 	d.backup, d.primary = b, nil
 	d.mu.Unlock()
 	d.post(pair.Event{Kind: pair.EventPrepareBackup, Epoch: h.Epoch, Peer: h.From})
-	b.open(ctx, in, 0, false)
+	b.open(ctx, in, false)
 }
 
 // untilFree waits until nothing of an earlier epoch is left here: the primary may
@@ -135,20 +140,40 @@ func (d *domain) untilFree(ctx context.Context) (pair.Status, bool) {
 // freeTimeout is less than the primary waits for an answer.
 const freeTimeout = 2 * time.Second
 
-// resume gives the primary its session back.
-func (b *backup) resume(ctx context.Context, in *channel.Incoming) {
-	if old := b.session(); old != nil {
-		// The primary knows best that it broke.
-		_ = old.Close()
+// begin makes a new session the only one that may add to the log, and tells from
+// where on the log has to come.
+func (b *backup) begin(whole bool) (number uint64, end plugin.Position) {
+	b.mu.Lock()
+	old := b.conn
+	b.conn, b.writer = nil, nil
+	b.newest++
+	number = b.newest
+	if b.stored != nil {
+		b.writer, end = b.stored.Resume(whole)
 	}
-	var end plugin.Position
-	if store := b.log(); store != nil {
-		end = store.End()
-		if in.Hello.Target == targetAdopt {
-			end = store.Boundary()
-		}
+	b.beats.stop() // those of the session before
+	b.mu.Unlock()
+	if old != nil {
+		// The primary knows best that it broke. Requests of it that are still
+		// served are not waited for.
+		b.d.a.wg.Go(func() { _ = old.Close() })
 	}
-	b.open(ctx, in, end, true)
+	return number, end
+}
+
+// adder gives the writer of a session, unless there is a newer one.
+func (b *backup) adder(number uint64) (*channel.Writer, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	switch {
+	case b.newest != number:
+		return nil, channel.ErrFenced
+	case b.writer == nil && b.stored == nil:
+		return nil, errors.New("a log without a backup")
+	case b.writer == nil:
+		b.writer, _ = b.stored.Resume(false)
+	}
+	return b.writer, nil
 }
 
 var errLeaving = errors.New("this side is going live")
@@ -168,13 +193,19 @@ func (b *backup) welcome(ctx context.Context, in *channel.Incoming, end plugin.P
 	return in.Welcome(ctx, end)
 }
 
-func (b *backup) open(ctx context.Context, in *channel.Incoming, end plugin.Position, again bool) {
+// open makes a session, again if it takes the place of one that broke.
+func (b *backup) open(ctx context.Context, in *channel.Incoming, again bool) {
+	b.opening.Lock()
+	defer b.opening.Unlock()
+	number, end := b.begin(in.Hello.Target == targetAdopt)
 	nc, err := b.welcome(ctx, in, end)
 	if err != nil {
 		return
 	}
 	conn, err := channel.NewConn(nc, b.d.a.channel, channel.Handlers{
-		methodHeartbeat:       handler(b.beginHeartbeat),
+		methodHeartbeat: handler(func(_ context.Context, r heartbeatRequest) (any, error) {
+			return b.beginHeartbeat(number, again, r)
+		}),
 		migrate.MethodPrepare: handler(b.prepare),
 		migrate.MethodIncoming: handler(func(ctx context.Context, r migrate.EpochRequest) (any, error) {
 			return nil, b.receiver.Incoming(ctx, r.Epoch)
@@ -198,27 +229,32 @@ func (b *backup) open(ctx context.Context, in *channel.Incoming, end plugin.Posi
 	b.mu.Lock()
 	b.conn = conn
 	b.mu.Unlock()
-	if again {
-		b.d.post(pair.Event{Kind: pair.EventSessionRestored, Epoch: b.epoch})
-	}
-	b.d.a.wg.Go(func() { b.receive(conn) })
+	b.d.a.wg.Go(func() { b.receive(conn, number, again) })
+	b.d.a.wg.Go(func() { b.tellFull(conn) })
 }
 
-func (b *backup) beginHeartbeat(_ context.Context, r heartbeatRequest) (any, error) {
+// beginHeartbeat agrees on the heartbeats of a session. The peer's request and
+// this answer are large, so that a session whose path loses large packets does
+// not come about.
+func (b *backup) beginHeartbeat(number uint64, again bool, r heartbeatRequest) (any, error) {
 	ctx, cancel := context.WithCancel(b.ctx)
-	b.mu.Lock()
-	b.beats.stop() // those of the session before
-	b.mu.Unlock()
-	h, err := b.d.beat(ctx, b.epoch, b.peer, r.Key, func() bool {
+	h, err := b.d.beat(ctx, pair.Event{Epoch: b.epoch, Session: number}, b.peer, r.Key, again, func() bool {
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		return b.vm == nil || b.vm.Alive()
 	})
 	h.cancel = cancel
 	b.mu.Lock()
-	b.beats = h
+	current := b.newest == number
+	if current {
+		b.beats = h
+	}
 	b.mu.Unlock()
-	return nil, err
+	if !current {
+		cancel()
+		return nil, channel.ErrFenced
+	}
+	return heartbeatReply{Filling: filling()}, err
 }
 
 // prepareTimeout bounds the start of the backup's QEMU by libvirt, which may
@@ -321,14 +357,27 @@ func (b *backup) attach(v *vm) bool {
 	if h := v.Hello(); h.Epoch != 0 && h.Epoch != b.epoch {
 		return false
 	}
+	b.attaching.Lock()
+	defer b.attaching.Unlock()
 	if b.ctx.Err() != nil {
 		// It came up after the clone was given up, as when libvirt was slow.
 		return false
 	}
 	b.mu.Lock()
 	fresh := b.stored == nil
-	b.vm = v
+	before, fed := b.vm, b.feeding
+	ended := make(chan struct{})
+	b.vm, b.feeding = v, ended
 	b.mu.Unlock()
+	if before != nil && before != v {
+		_ = before.Close() // QEMU has but one connection: its feeder must not wait for room there
+	}
+	started := false
+	defer func() {
+		if !started {
+			close(ended)
+		}
+	}()
 	if fresh {
 		layout, err := rrlog.LayoutFor(v.Hello().QEMU.Major, v.Hello().QEMU.Minor)
 		if err != nil {
@@ -348,15 +397,35 @@ func (b *backup) attach(v *vm) bool {
 		b.mu.Lock()
 		b.stored = store
 		b.mu.Unlock()
-	} else if err := b.log().Rewind(v.Hello().Head); err != nil {
+	}
+	reader, err := b.log().Rewind(v.Hello().Head)
+	if err != nil {
 		b.d.a.log.Error("the backup's plugin is where the log is no more", "domain", b.d.label(), "error", err)
 		return false
 	}
 	v.watch(func() { b.watch(v) })
 	v.digests(func(g ctl.Digest) { b.compare(v, g) })
 	b.d.welcome(v, b.epoch, 0)
-	b.d.a.wg.Go(func() { b.feed(v) })
+	started = true
+	b.d.a.wg.Go(func() {
+		defer close(ended)
+		if fed != nil {
+			<-fed // it may still read what it was given
+		}
+		b.feed(v, reader)
+	})
 	return true
+}
+
+// attachLive takes the plugin of a copy that went live before its connection
+// broke, so that it could not say so.
+func (b *backup) attachLive(v *vm) {
+	b.mu.Lock()
+	b.vm = v
+	b.mu.Unlock()
+	v.watch(func() { b.watch(v) })
+	b.d.welcome(v, b.epoch, 0)
+	b.watch(v)
 }
 
 // watch follows the plugin's reports; it must not block.
@@ -422,65 +491,74 @@ const lagPeriod = 100 * time.Millisecond
 const lagUrgent = 25 * time.Millisecond
 
 // feed gives the plugin the log, at most its window ahead, and promotes it at
-// the end if this side is to go live.
-func (b *backup) feed(v *vm) {
+// the end if this side is to go live: it alone has given it all of the log. What
+// ends it, but for a newer feeder or the end of the epoch, ends the plugin's
+// connection too: the plugin connects again and is fed from where it is, or the
+// machine hears that it does not.
+func (b *backup) feed(v *vm, r *channel.Reader) {
+	err := b.feedAll(v, r)
+	if err == nil || errors.Is(err, channel.ErrFenced) || b.ctx.Err() != nil {
+		return
+	}
+	b.d.a.log.Warn("the backup's plugin is not fed; it has to connect again", "domain", b.d.label(), "error", err)
+	_ = v.Close()
+}
+
+func (b *backup) feedAll(v *vm, r *channel.Reader) error {
 	for {
-		pos, p, err := b.log().Next(b.ctx, 128<<10)
+		pos, p, err := r.Next(b.ctx, 128<<10)
 		if errors.Is(err, io.EOF) {
-			if err := v.Promote(b.epoch); err != nil {
-				b.d.a.log.Error("cannot promote", "domain", b.d.label(), "error", err)
-			}
-			return
+			return v.Promote(b.epoch)
 		}
 		if err != nil {
-			return
+			return err
 		}
-		if !b.room(v, pos+plugin.Position(len(p))) {
-			return
+		if err := b.room(v, pos+plugin.Position(len(p))); err != nil {
+			return err
 		}
 		if err := v.Feed(pos, p); err != nil {
-			b.d.a.log.Warn("backup's plugin", "domain", b.d.label(), "error", err)
-			return
+			return err
 		}
 	}
 }
 
 // room waits until the plugin's window reaches to end.
-func (b *backup) room(v *vm, end plugin.Position) bool {
+func (b *backup) room(v *vm, end plugin.Position) error {
 	for {
 		b.mu.Lock()
 		ch := b.fed
 		b.mu.Unlock()
 		if end <= v.reports().consumed.Pos+plugin.Position(v.Hello().Window) {
-			return true
+			return nil
 		}
 		select {
 		case <-ch:
 		case <-v.done:
-			return false
+			return ErrVMEnded
 		case <-b.ctx.Done():
-			return false
+			return b.ctx.Err()
 		}
 	}
 }
 
 // receive serves a session with the primary until it breaks.
-func (b *backup) receive(conn *channel.Conn) {
-	err := b.serve(conn)
+func (b *backup) receive(conn *channel.Conn, number uint64, again bool) {
+	err := b.serve(conn, number, again)
 	b.mu.Lock()
 	current := b.conn == conn
 	if current {
 		b.conn = nil
+		b.beats.stop() // so that a primary that holds the session for well hears of it
 	}
 	b.mu.Unlock()
-	_ = conn.Close()
 	if current && b.ctx.Err() == nil {
 		b.d.a.log.Warn("session with the primary broke", "domain", b.d.label(), "peer", b.peer, "error", err)
-		b.d.post(pair.Event{Kind: pair.EventSessionLost, Epoch: b.epoch})
+		b.d.post(pair.Event{Kind: pair.EventSessionLost, Epoch: b.epoch, Session: number})
 	}
+	_ = conn.Close() // waits for requests that are served
 }
 
-func (b *backup) serve(conn *channel.Conn) error {
+func (b *backup) serve(conn *channel.Conn, number uint64, again bool) error {
 	for {
 		m, err := conn.Receive(b.ctx)
 		if err != nil {
@@ -490,9 +568,15 @@ func (b *backup) serve(conn *channel.Conn) error {
 		h := b.beats
 		b.mu.Unlock()
 		h.progress()
+		if again {
+			// The primary says nothing before it has the answer of beginHeartbeat:
+			// the session carries both ways.
+			again = false
+			b.d.post(pair.Event{Kind: pair.EventSessionRestored, Epoch: b.epoch, Session: number})
+		}
 		switch m.Type {
 		case channel.FrameLog:
-			if err := b.append(conn, m); err != nil {
+			if err := b.append(conn, number, m); err != nil {
 				return err
 			}
 		case channel.FrameControl:
@@ -507,23 +591,49 @@ func (b *backup) serve(conn *channel.Conn) error {
 	}
 }
 
-func (b *backup) append(conn *channel.Conn, m channel.Message) error {
-	store := b.log()
-	if store == nil {
-		return errors.New("a log without a backup")
+func (b *backup) append(conn *channel.Conn, number uint64, m channel.Message) error {
+	w, err := b.adder(number)
+	if err != nil {
+		return err
 	}
-	acked, err := store.Append(b.ctx, m.Position, m.Data)
+	acked, err := w.Append(b.ctx, m.Position, m.Data)
+	var format *rrlog.FormatError
+	if errors.As(err, &format) || errors.Is(err, channel.ErrConflict) {
+		// Another session would bring the same.
+		b.d.a.log.Error("the log cannot be replayed", "domain", b.d.label(), "epoch", b.epoch, "error", err)
+		b.d.post(pair.Event{Kind: pair.EventLocalDiverged, Epoch: b.epoch})
+	}
 	if err != nil {
 		return err
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.rate.add(len(m.Data), time.Now())
-	if b.leaving {
+	if b.leaving || b.newest != number {
 		return nil
 	}
 	return conn.SendAck(acked)
 }
+
+// tellFull tells the primary for as long as there is no room for its log: that is
+// why nothing more is acknowledged.
+func (b *backup) tellFull(conn *channel.Conn) {
+	t := time.NewTicker(fullPeriod)
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
+		case <-conn.Done():
+			return
+		}
+		if store := b.log(); store != nil && store.Full() {
+			send(b.ctx, conn, entry{Kind: kindFull, Epoch: b.epoch})
+		}
+	}
+}
+
+// fullPeriod is between reports of a full store.
+const fullPeriod = 100 * time.Millisecond
 
 // leave is called before the arbiter is asked. From here on the primary, which
 // was taken for dead and may live, gets no ack and no new session: a packet that

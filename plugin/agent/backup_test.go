@@ -54,14 +54,14 @@ func TestLeavingBackupAcknowledgesNothing(t *testing.T) {
 		}
 		return m
 	}
-	if err := b.append(conn, channel.Message{Data: events}); err != nil {
+	if err := b.append(conn, b.newest, channel.Message{Data: events}); err != nil {
 		t.Fatal(err)
 	}
 	if m := got(); m.Type != channel.FrameAck || m.Position != 6 {
 		t.Fatalf("got %+v, want the ack of 6", m)
 	}
 	b.leave()
-	if err := b.append(conn, channel.Message{Position: 6, Data: events}); err != nil {
+	if err := b.append(conn, b.newest, channel.Message{Position: 6, Data: events}); err != nil {
 		t.Fatal(err)
 	}
 	if end := b.log().Boundary(); end != 12 {

@@ -35,11 +35,12 @@ func (b beats) progress() {
 	}
 }
 
-// beat exchanges heartbeats with the peer of an epoch until ctx ends, and
-// posts EventPeerDead when both they and the log have been silent for too
-// long. That the peer's QEMU is dead is told over the session, behind the last
-// of its log.
-func (d *domain) beat(ctx context.Context, epoch plugin.Epoch, peer string, key []byte, alive func() bool) (beats, error) {
+// beat exchanges heartbeats with the peer of a session until ctx ends, and posts
+// that the peer is dead when both they and the log have been silent for too
+// long: of, which names epoch and session. That the peer's QEMU is dead is told
+// over the session, behind the last of its log. A peer whose session came back
+// has just been heard of, so its silence counts from now on.
+func (d *domain) beat(ctx context.Context, of pair.Event, peer string, key []byte, again bool, alive func() bool) (beats, error) {
 	conf, err := d.a.cfg.Peer(peer)
 	if err != nil {
 		return beats{}, err
@@ -48,7 +49,7 @@ func (d *domain) beat(ctx context.Context, epoch plugin.Epoch, peer string, key 
 	if err != nil {
 		return beats{}, fmt.Errorf("heartbeat address of %s: %w", peer, err)
 	}
-	p, err := d.register(ctx, epoch, addr, key, func() detect.Flags {
+	p, err := d.register(ctx, of.Epoch, addr, key, func() detect.Flags {
 		var f detect.Flags
 		if alive() {
 			f |= detect.QEMUAlive
@@ -61,13 +62,17 @@ func (d *domain) beat(ctx context.Context, epoch plugin.Epoch, peer string, key 
 	if err != nil {
 		return beats{}, err
 	}
+	if again {
+		p.Progress()
+	}
+	of.Kind = pair.EventPeerDead
 	d.a.wg.Go(func() {
 		defer p.Close()
 		for {
 			changed := p.Changed()
 			s := p.State()
 			if s.Liveness == detect.Dead {
-				d.post(pair.Event{Kind: pair.EventPeerDead, Epoch: epoch})
+				d.post(of)
 			}
 			select {
 			case <-changed:

@@ -232,6 +232,8 @@ func (d *domain) attach(ctx context.Context, v *vm) {
 		default:
 			d.removeStray(ctx, v, "nobody feeds it")
 		}
+	case h.Backup && h.Mode == control.ModeLive && b != nil && b.epoch == h.Epoch:
+		b.attachLive(v)
 	case h.Mode == control.ModeRecord && p != nil && p.epoch == h.Epoch:
 		p.attach(v)
 		d.post(pair.Event{Kind: pair.EventPluginRestored})

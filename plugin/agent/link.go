@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"strings"
 	"time"
 
 	"ftvirt.org/ftvirt/plugin"
@@ -38,15 +39,31 @@ type hostInfo struct {
 	QEMU   string `json:"qemu"`
 }
 
+// Request and answer of methodHeartbeat are filled up to a size that no packet
+// has: a path that loses large ones, since its MTU is smaller than believed,
+// does not look like one that carries a log.
 type heartbeatRequest struct {
-	Key []byte `json:"key"`
+	Key     []byte `json:"key"`
+	Filling string `json:"filling,omitempty"`
 }
+
+type heartbeatReply struct {
+	Filling string `json:"filling,omitempty"`
+}
+
+func filling() string { return strings.Repeat("-", fillingSize) }
+
+const fillingSize = 16 << 10
 
 // Kinds of control entries besides the notifies of package pair.
 const (
 	kindLag      = "lag"
 	kindProgress = "clone-progress"
 	kindDigest   = "digest"
+	// kindFull says that the backup has no room for more of the log.
+	kindFull = "full"
+	// kindResumed is the first that is said over a session that came back.
+	kindResumed = "resumed"
 )
 
 // entry is a control entry between the agents of a pair.

@@ -45,6 +45,8 @@ type primary struct {
 	mu       sync.Mutex
 	vm       *vm
 	conn     *channel.Conn   // nil while the session is broken
+	newest   uint64          // the number of the newest session
+	fullAt   time.Time       // when the backup said last that it has no room
 	expect   plugin.Position // of the next byte to send
 	dec      *rrlog.Decoder  // of the log as it was sent, to see a deliberate end
 	layout   rrlog.Layout    // for one that is made later
@@ -148,10 +150,11 @@ func (p *primary) clone(v *vm) error {
 	p.conn, p.vm = conn, v
 	p.mu.Unlock()
 	// Nobody reads from it yet, so that nobody else reports its end.
-	if err := p.beginBeats(ctx, conn); err != nil {
+	number, err := p.beginBeats(ctx, conn, false)
+	if err != nil {
 		return err
 	}
-	p.d.a.wg.Go(func() { p.receive(conn) })
+	p.d.a.wg.Go(func() { p.receive(conn, number) })
 	p.d.a.wg.Go(func() { p.tellDefinition(conn) })
 	v.digests(p.digest)
 	v.ship(p.ship)
@@ -173,23 +176,29 @@ func (p *primary) clone(v *vm) error {
 	return err
 }
 
-// beginBeats agrees on the heartbeats of a session with the peer.
-func (p *primary) beginBeats(ctx context.Context, conn *channel.Conn) error {
+// beginBeats agrees on the heartbeats of a session with the peer, and gives the
+// session its number.
+func (p *primary) beginBeats(ctx context.Context, conn *channel.Conn, again bool) (uint64, error) {
 	p.mu.Lock()
 	v := p.vm
+	p.newest++
+	number := p.newest
 	p.beats.stop()
 	p.mu.Unlock()
 	key := newKey()
-	if err := conn.Call(ctx, methodHeartbeat, heartbeatRequest{Key: key}, nil); err != nil {
-		return err
+	asking, cancel := context.WithTimeout(ctx, controlTimeout)
+	defer cancel()
+	if err := conn.Call(asking, methodHeartbeat, heartbeatRequest{Key: key, Filling: filling()}, nil); err != nil {
+		return 0, fmt.Errorf("%s was reached, but the channel does not carry %d bytes there and back: %w; "+
+			"'ftvirt doctor --peer %[1]s' tells whether large packets are lost", p.peer, fillingSize, err)
 	}
 	beating, cancel := context.WithCancel(p.ctx)
-	h, err := p.d.beat(beating, p.epoch, p.peer, key, v.Alive)
+	h, err := p.d.beat(beating, pair.Event{Epoch: p.epoch, Session: number}, p.peer, key, again, v.Alive)
 	h.cancel = cancel
 	p.mu.Lock()
 	p.beats = h
 	p.mu.Unlock()
-	return err
+	return number, err
 }
 
 // goesOn shows how far the clone is, and tells both machines that it goes on.
@@ -331,22 +340,71 @@ func (p *primary) ended() bool {
 
 // receive serves a session until it breaks, then gets another. It does nothing
 // without one.
-func (p *primary) receive(conn *channel.Conn) {
+func (p *primary) receive(conn *channel.Conn, number uint64) {
 	for conn != nil {
+		p.d.a.wg.Go(func() { p.watchStall(conn) })
 		err := p.serve(conn)
 		p.mu.Lock()
 		if p.conn == conn {
 			p.conn = nil
 		}
+		p.beats.stop() // so that a backup that holds the session for well hears of it
 		p.mu.Unlock()
 		_ = conn.Close()
 		if p.ctx.Err() != nil {
 			return
 		}
 		p.d.a.log.Warn("session with the peer broke", "domain", p.d.label(), "peer", p.peer, "error", err)
-		p.d.post(pair.Event{Kind: pair.EventSessionLost, Epoch: p.epoch})
-		conn = p.reconnect(targetResume)
+		p.d.post(pair.Event{Kind: pair.EventSessionLost, Epoch: p.epoch, Session: number})
+		conn, number = p.reconnect(targetResume)
 	}
+}
+
+// watchStall ends a session over which log is sent and nothing is acknowledged,
+// whatever heartbeats say: outputs wait for that. A backup that has no room for
+// more says so.
+func (p *primary) watchStall(conn *channel.Conn) {
+	limit := p.d.a.cfg.Channel.AckTimeout
+	t := time.NewTicker(limit / stallTicks)
+	defer t.Stop()
+	var s stall
+	for {
+		select {
+		case <-t.C:
+		case <-conn.Done():
+			return
+		}
+		p.mu.Lock()
+		waits := p.timer.waits() && time.Since(p.fullAt) > limit
+		acks := p.timer.acks
+		p.mu.Unlock()
+		if s.tick(waits, acks) {
+			p.d.a.log.Error("the channel carries nothing, though it is open: no log was acknowledged; large packets may be lost, "+
+				"see 'ftvirt doctor --peer'", "domain", p.d.label(), "epoch", p.epoch, "peer", p.peer, "for", limit)
+			_ = conn.Close()
+			return
+		}
+	}
+}
+
+// stallTicks is in how many parts the limit of a stall is counted.
+const stallTicks = 20
+
+// stall counts for how long log waits and no ack comes. An agent that did not run
+// itself has fewer ticks, so it accuses nobody of its own silence.
+type stall struct {
+	acks  uint64
+	ticks int
+}
+
+// tick tells that the limit is reached.
+func (s *stall) tick(waits bool, acks uint64) bool {
+	if !waits || acks != s.acks {
+		*s = stall{acks: acks}
+		return false
+	}
+	s.ticks++
+	return s.ticks >= stallTicks
 }
 
 func (p *primary) serve(conn *channel.Conn) error {
@@ -441,6 +499,12 @@ func (d *domain) ackGuard() ackGuard {
 }
 
 func (p *primary) control(c entry) {
+	if c.Kind == kindFull {
+		p.mu.Lock()
+		p.fullAt = time.Now()
+		p.mu.Unlock()
+		return
+	}
 	if c.Kind == kindLag {
 		p.mu.Lock()
 		p.compared = c.Compared
@@ -483,50 +547,54 @@ const reconnectPause = 20 * time.Millisecond
 
 // reconnect gets a new session and makes the plugin resume where the peer is.
 // It gives up when the pair is over.
-func (p *primary) reconnect(target string) *channel.Conn {
+func (p *primary) reconnect(target string) (*channel.Conn, uint64) {
 	t := time.NewTicker(reconnectPause)
 	defer t.Stop()
 	var last string
 	for p.d.paired() {
-		conn, err := p.resume(target)
+		conn, number, err := p.resume(target)
 		if err != nil && err.Error() != last {
 			// Fifty times a second the same is enough said once.
 			last = err.Error()
 			p.d.a.log.Info("no session with the peer yet", "domain", p.d.label(), "peer", p.peer, "error", err)
 		}
 		if err == nil {
-			p.d.post(pair.Event{Kind: pair.EventSessionRestored, Epoch: p.epoch})
+			p.d.post(pair.Event{Kind: pair.EventSessionRestored, Epoch: p.epoch, Session: number})
 			p.d.a.wg.Go(func() { p.tellDefinition(conn) })
-			return conn
+			return conn, number
 		}
 		var refused *channel.RefusedError
 		if errors.As(err, &refused) && refused.Code != channel.RefuseBusy {
 			// Its agent was restarted, and the log that it held is lost.
 			p.d.a.log.Warn("the peer has no backup any more", "domain", p.d.label(), "peer", p.peer, "error", err)
 			p.d.post(pair.Event{Kind: pair.EventPeerQEMUDied, Epoch: p.epoch})
-			return nil
+			return nil, 0
 		}
 		select {
 		case <-t.C:
 		case <-p.ctx.Done():
-			return nil
+			return nil, 0
 		}
 	}
-	return nil
+	return nil, 0
 }
 
 // resume tries once to get a session back.
-func (p *primary) resume(target string) (*channel.Conn, error) {
+func (p *primary) resume(target string) (*channel.Conn, uint64, error) {
 	ctx, cancel := context.WithTimeout(p.ctx, controlTimeout)
 	defer cancel()
 	conn, from, err := p.d.a.dial(ctx, p.peer, p.d.id, p.epoch, target)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	// Nobody reads from it yet, so that nobody else reports its end.
-	if err := p.beginBeats(ctx, conn); err != nil {
+	number, err := p.beginBeats(ctx, conn, true)
+	if err == nil {
+		err = conn.SendControl(ctx, entry{Kind: kindResumed, Epoch: p.epoch})
+	}
+	if err != nil {
 		_ = conn.Close()
-		return nil, err
+		return nil, 0, err
 	}
 	p.mu.Lock()
 	p.conn, p.expect = conn, from
@@ -539,7 +607,7 @@ func (p *primary) resume(target string) (*channel.Conn, error) {
 	if v.reports().Mode == ctl.ModeRecord {
 		p.d.welcome(v, p.epoch, from)
 	}
-	return conn, nil
+	return conn, number, nil
 }
 
 // attach takes the plugin again after its connection broke. What the peer has

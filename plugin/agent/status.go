@@ -38,7 +38,8 @@ type Status struct {
 	Position plugin.Position `json:"position" yaml:"position"`
 	Acked    plugin.Position `json:"acked" yaml:"acked"`
 	// Lag is how far the backup's execution is behind what it received of the
-	// log, at the worst in the last tenth of a second. QEMU tells every 10 ms.
+	// log, at the worst in the last tenth of a second. QEMU tells every 10 ms. On
+	// the primary it is at least the age of the oldest log without an ack.
 	Lag float64 `json:"lag_ms" yaml:"lag_ms"`
 	// Slowed is the part of its time that the primary is made to pause, 0 to 1,
 	// so that the backup keeps up.
@@ -125,7 +126,8 @@ func (d *domain) report() Status {
 		}
 		st.OutputDelayMax = millis(time.Duration(r.stats.DelayMaxNS))
 		p.mu.Lock()
-		st.Lag, st.Slowed, st.LogRate, st.Compared = millis(p.lag), p.paced, p.rate.rate(now), p.compared
+		lag := max(p.lag, p.timer.oldest(now))
+		st.Lag, st.Slowed, st.LogRate, st.Compared = millis(lag), p.paced, p.rate.rate(now), p.compared
 		p.mu.Unlock()
 	case r.Mode == control.ModeReplay && b != nil && b.log() != nil:
 		st.Position, st.Acked, st.Instructions = r.consumed.Pos, b.log().Boundary(), r.consumed.Icount

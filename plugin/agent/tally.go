@@ -67,7 +67,9 @@ func (t *tally) answered(ev pair.EventKind) {
 // ackTimer measures how long pieces of the log wait for their acks. Its owner
 // guards it.
 type ackTimer struct {
-	sent []sentPiece // in order
+	sent  []sentPiece // in order, over this session
+	since time.Time   // when the oldest was sent first that waits over a session that broke
+	acks  uint64      // acks of something that waited
 }
 
 type sentPiece struct {
@@ -84,14 +86,39 @@ func (t *ackTimer) send(end plugin.Position, now time.Time) {
 	}
 }
 
-// reset forgets what was sent over a session that broke.
-func (t *ackTimer) reset() { t.sent = nil }
+// reset forgets what was sent over a session that broke, but not for how long it
+// waits.
+func (t *ackTimer) reset() {
+	if t.since.IsZero() && t.waits() {
+		t.since = t.sent[0].at
+	}
+	t.sent = nil
+}
+
+// waits tells whether something waits for its ack.
+func (t *ackTimer) waits() bool { return len(t.sent) > 0 }
+
+// oldest is for how long the oldest piece has waited.
+func (t *ackTimer) oldest(now time.Time) time.Duration {
+	switch {
+	case !t.since.IsZero():
+		return now.Sub(t.since)
+	case t.waits():
+		return now.Sub(t.sent[0].at)
+	default:
+		return 0
+	}
+}
 
 // ack notes how long the pieces waited that end at or before pos.
 func (t *ackTimer) ack(pos plugin.Position, now time.Time, to *metrics.Histogram) {
 	n := 0
 	for ; n < len(t.sent) && t.sent[n].end <= pos; n++ {
 		to.Observe(now.Sub(t.sent[n].at))
+	}
+	if n > 0 {
+		t.acks++
+		t.since = time.Time{}
 	}
 	t.sent = append(t.sent[:0], t.sent[n:]...)
 }

@@ -210,6 +210,7 @@ func RecoverStore(ctx context.Context, l rrlog.Layout, cfg StoreConfig, dir stri
 	if err != nil {
 		return nil, err
 	}
+	w, _ := s.Resume(false)
 	for _, from := range spool.segments {
 		if from != s.end {
 			return nil, fmt.Errorf("%w: bytes from %d to %d are missing", ErrSpool, s.end, from)
@@ -219,7 +220,7 @@ func RecoverStore(ctx context.Context, l rrlog.Layout, cfg StoreConfig, dir stri
 			return nil, fmt.Errorf("%w: %w", ErrSpool, err)
 		}
 		// It was held before, so there is room once what QEMU has is let go.
-		if _, err := s.Append(ctx, from, data); err != nil {
+		if _, err := w.Append(ctx, from, data); err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrSpool, err)
 		}
 		s.advance(min(next, s.dec.Boundary()))

@@ -97,7 +97,7 @@ func TestRecoverStore(t *testing.T) {
 }
 
 // die forgets the store and makes it again from what is in the files.
-func die(t *testing.T, s *Store, dir string, got, acked plugin.Position) (*Store, plugin.Position) {
+func die(t *testing.T, s *hand, dir string, got, acked plugin.Position) (*hand, plugin.Position) {
 	t.Helper()
 	end, events := s.End(), s.Boundary()
 	again, err := recoverStore(t, dir, got)
@@ -107,7 +107,7 @@ func die(t *testing.T, s *Store, dir string, got, acked plugin.Position) (*Store
 	if again.Boundary() != events || again.End() != end || again.Boundary() < acked {
 		t.Fatalf("recovered up to %d (%d whole), had %d (%d whole, %d acknowledged)", again.End(), again.Boundary(), end, events, acked)
 	}
-	return again, again.Boundary()
+	return inHand(t, again, got), again.Boundary()
 }
 
 func spooled(t *testing.T, dir string) int64 {

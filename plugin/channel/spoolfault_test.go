@@ -166,8 +166,12 @@ func TestSpoolKilledAtEachStep(t *testing.T) {
 		if s.Boundary() < c.acked {
 			t.Errorf("%s: %d were acknowledged, %d are left", c.what, c.acked, s.Boundary())
 		}
+		r, err := s.Rewind(c.got)
+		if err != nil {
+			t.Fatal(err)
+		}
 		for at := c.got; at < s.Boundary(); {
-			pos, data, err := s.Next(t.Context(), 1<<20)
+			pos, data, err := r.Next(t.Context(), 1<<20)
 			if err != nil || pos != at || !bytes.Equal(data, full[pos:int(pos)+len(data)]) {
 				t.Fatalf("%s: %d bytes at %d, want them at %d: %v", c.what, len(data), pos, at, err)
 			}

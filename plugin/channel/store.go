@@ -26,6 +26,8 @@ var (
 	ErrSealed = errors.New("event log is sealed")
 	// ErrRange: a position is not where it can be. See [RangeError].
 	ErrRange = errors.New("position out of the held event log")
+	// ErrFenced: another writer or reader has taken the place of this one.
+	ErrFenced = errors.New("another has taken over the event log")
 )
 
 // GapError wraps [ErrGap].
@@ -106,7 +108,8 @@ type arrival struct {
 // backup has received the log entry that produced it) and never gives QEMU a
 // part of an event only.
 //
-// Append is for one goroutine, Next for one other; the rest is for any.
+// It has one [Writer] and one [Reader] at a time, each for one goroutine: what
+// takes the place of one fences it, wherever it waits. The rest is for any.
 type Store struct {
 	cfg StoreConfig
 
@@ -120,7 +123,10 @@ type Store struct {
 	next     plugin.Position // end of what Next gave last
 	end      plugin.Position
 	sealed   bool
+	full     bool  // a writer waits for room
 	err      error // what was wrong with the log
+	writer   *Writer
+	reader   *Reader
 
 	samples []arrival // a ring
 	first   int       // its oldest
@@ -153,18 +159,41 @@ func makeStore(l rrlog.Layout, cfg StoreConfig, start plugin.Position) (*Store, 
 	}, nil
 }
 
+// Writer adds to a store what a session receives.
+type Writer struct{ store *Store }
+
+// Resume gives the store a new writer, and tells from where on the log has to
+// come: the end of what was received, or with whole, that of the last whole
+// event. From then on the writer of before adds nothing any more, also if it
+// waits for room.
+func (s *Store) Resume(whole bool) (*Writer, plugin.Position) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.writer = &Writer{store: s}
+	s.full = false
+	s.room.notify()
+	if whole {
+		return s.writer, s.dec.Boundary()
+	}
+	return s.writer, s.end
+}
+
 // Append adds the log's bytes at pos and returns what may be acknowledged: the
 // end of the last whole event held. It copies data. Bytes that were received
 // before, as after a reconnect, are skipped, having been compared with what is
 // still held. It blocks while the store is full, until [Store.Release] makes
 // room or ctx ends.
 //
-// Errors: [GapError], [ConflictError], [ErrSealed], ctx's, or for a log that
-// QEMU cannot have written [rrlog.FormatError], which sticks. What precedes an
-// error stays and may be acknowledged.
-func (s *Store) Append(ctx context.Context, pos plugin.Position, data []byte) (plugin.Position, error) {
+// Errors: [GapError], [ConflictError], [ErrSealed], [ErrFenced], ctx's, or for a
+// log that QEMU cannot have written [rrlog.FormatError], which sticks. What
+// precedes an error stays and may be acknowledged.
+func (w *Writer) Append(ctx context.Context, pos plugin.Position, data []byte) (plugin.Position, error) {
+	s := w.store
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.writer != w {
+		return s.dec.Boundary(), ErrFenced
+	}
 	if s.err == nil && pos > s.end {
 		return s.dec.Boundary(), &GapError{Want: s.end, Got: pos}
 	}
@@ -189,6 +218,7 @@ func (s *Store) Append(ctx context.Context, pos plugin.Position, data []byte) (p
 			data = data[n:]
 			continue
 		}
+		s.full = true
 		room := s.room.wait()
 		s.mu.Unlock()
 		select {
@@ -196,10 +226,21 @@ func (s *Store) Append(ctx context.Context, pos plugin.Position, data []byte) (p
 		case <-ctx.Done():
 		}
 		s.mu.Lock()
+		if s.writer != w {
+			return s.dec.Boundary(), ErrFenced
+		}
+		s.full = false
 		if err := ctx.Err(); err != nil {
 			return s.dec.Boundary(), err
 		}
 	}
+}
+
+// Full tells that log was received for which there is no room.
+func (s *Store) Full() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.full
 }
 
 // compare checks what is received again, as far as it is still held.
@@ -281,17 +322,42 @@ func (s *Store) arrived() {
 	s.count++
 }
 
+// Reader gives out what a store holds, to feed it to QEMU.
+type Reader struct{ store *Store }
+
+// Rewind gives the store a new reader, which goes on from pos, as for a plugin
+// that connected anew. The one of before gets nothing any more, also if it
+// waits. The error is a [RangeError] if pos was released or not yet given out.
+func (s *Store) Rewind(pos plugin.Position) (*Reader, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if pos < s.released || pos > s.next {
+		return nil, &RangeError{Position: pos, From: s.released, To: s.next}
+	}
+	s.next, s.lent = pos, pos
+	s.reader = &Reader{store: s}
+	s.more.notify()
+	return s.reader, nil
+}
+
 // Next waits for bytes that were not given out yet and belong to whole events,
 // and returns at most limit of them and the position of the first. A long event
 // may come in several pieces, but never before all of it is held. The bytes are
-// valid until the next call of Next or Rewind, even if released. After
-// [Store.Seal] it returns io.EOF once the last whole event was given out.
-func (s *Store) Next(ctx context.Context, limit int) (plugin.Position, []byte, error) {
+// valid until the next call of Next, even if released, or until Rewind. After
+// [Store.Seal] it returns io.EOF once the last whole event was given out: to a
+// reader that is not [ErrFenced], which so was given all of it.
+func (r *Reader) Next(ctx context.Context, limit int) (plugin.Position, []byte, error) {
+	s := r.store
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.lent = s.next
-	s.trim()
+	if s.reader == r {
+		s.lent = s.next
+		s.trim()
+	}
 	for {
+		if s.reader != r {
+			return 0, nil, ErrFenced
+		}
 		if boundary := s.dec.Boundary(); s.next < boundary && limit > 0 {
 			pos := s.next
 			data := s.at(pos, min(boundary, pos+plugin.Position(limit)))
@@ -312,19 +378,6 @@ func (s *Store) Next(ctx context.Context, limit int) (plugin.Position, []byte, e
 			return s.next, nil, err
 		}
 	}
-}
-
-// Rewind lets Next go on from pos, as for a plugin that connected anew. It
-// returns a [RangeError] if that was released or not yet given out.
-func (s *Store) Rewind(pos plugin.Position) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if pos < s.released || pos > s.next {
-		return &RangeError{Position: pos, From: s.released, To: s.next}
-	}
-	s.next, s.lent = pos, pos
-	s.more.notify()
-	return nil
 }
 
 // Release frees the memory of the log below pos, which QEMU has consumed. A

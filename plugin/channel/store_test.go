@@ -18,7 +18,24 @@ import (
 	"ftvirt.org/ftvirt/plugin/rrlog"
 )
 
-func newStore(t testing.TB, change func(*StoreConfig)) *Store {
+// hand is a store with its writer and its reader.
+type hand struct {
+	*Store
+	*Writer
+	*Reader
+}
+
+func inHand(t testing.TB, s *Store, next plugin.Position) *hand {
+	t.Helper()
+	w, _ := s.Resume(false)
+	r, err := s.Rewind(next)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &hand{s, w, r}
+}
+
+func newStore(t testing.TB, change func(*StoreConfig)) *hand {
 	t.Helper()
 	l, err := rrlog.LayoutFor(10, 0)
 	if err != nil {
@@ -32,7 +49,7 @@ func newStore(t testing.TB, change func(*StoreConfig)) *Store {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return s
+	return inHand(t, s, 0)
 }
 
 // packet is a NET event with n bytes of data.
@@ -45,7 +62,7 @@ func packet(n int) []byte {
 }
 
 // appendTo fails unless Append acknowledges as told.
-func appendTo(t *testing.T, s *Store, pos plugin.Position, data []byte, acked plugin.Position) {
+func appendTo(t *testing.T, s *hand, pos plugin.Position, data []byte, acked plugin.Position) {
 	t.Helper()
 	got, err := s.Append(t.Context(), pos, data)
 	if err != nil || got != acked {
@@ -225,16 +242,105 @@ func TestRewind(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, pos := range []plugin.Position{1, 5} {
-		if err := s.Rewind(pos); !errors.Is(err, ErrRange) {
+		if _, err := s.Rewind(pos); !errors.Is(err, ErrRange) {
 			t.Errorf("rewind to %d: %v", pos, err)
 		}
 	}
-	if err := s.Rewind(3); err != nil {
+	before := s.Reader
+	var err error
+	if s.Reader, err = s.Rewind(3); err != nil {
 		t.Fatal(err)
+	}
+	if _, _, err := before.Next(t.Context(), 4); !errors.Is(err, ErrFenced) {
+		t.Errorf("the reader of before: %v", err)
 	}
 	if pos, data, err := s.Next(t.Context(), 4); err != nil || pos != 3 || !bytes.Equal(data, []byte{2}) {
 		t.Errorf("%v at %d, %v", data, pos, err)
 	}
+}
+
+// instructions is a log of n INSTRUCTION events, no two alike.
+func instructions(n int) []byte {
+	var log []byte
+	for i := 1; i <= n; i++ {
+		log = append(log, 0, byte(i>>24), byte(i>>16), byte(i>>8), byte(i))
+	}
+	return log
+}
+
+// A session breaks while what it received waits for room, and the next one goes
+// on from where the store is: nothing more of the first comes in.
+func TestOneWriter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const limit = 8192
+		s := newStore(t, func(c *StoreConfig) { c.MaxArray = 1000; c.Limit = limit })
+		log := instructions(6000)
+		first := make(chan error, 1)
+		go func() { _, err := s.Append(t.Context(), 0, log[:20000]); first <- err }()
+		synctest.Wait()
+		if !s.Full() {
+			t.Error("the store is not full")
+		}
+		next, from := s.Resume(false)
+		if err := <-first; from != limit || !errors.Is(err, ErrFenced) {
+			t.Errorf("resumed at %d, the first append ended with %v", from, err)
+		}
+		second := make(chan error, 1)
+		go func() { _, err := next.Append(t.Context(), from, log[from:30000]); second <- err }()
+		var got []byte
+		for len(got) < 30000 {
+			pos, p, err := s.Next(t.Context(), 4096)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, p...)
+			if err := s.Release(pos + plugin.Position(len(p))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := <-second; err != nil || !bytes.Equal(got, log[:30000]) || s.Full() {
+			t.Errorf("the log that came out is another; %v", err)
+		}
+		if _, err := s.Append(t.Context(), s.End(), log[30000:]); !errors.Is(err, ErrFenced) || s.End() != 30000 {
+			t.Errorf("the first writer goes on: %v, end %d", err, s.End())
+		}
+		if _, from := s.Resume(true); from != 30000 {
+			t.Errorf("resumed at %d behind the last whole event", from)
+		}
+	})
+}
+
+// A plugin connects anew: what waits for log to feed to its dead connection gets
+// none of it, and does not see the end either.
+func TestOneReader(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := instructions(800)
+		s := newStore(t, nil)
+		appendTo(t, s, 0, log, 4000)
+		if _, _, err := s.Next(t.Context(), 128<<10); err != nil {
+			t.Fatal(err)
+		}
+		old := make(chan error, 1)
+		go func() { _, _, err := s.Next(t.Context(), 128<<10); old <- err }()
+		synctest.Wait()
+		fresh, err := s.Rewind(1000)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := <-old; !errors.Is(err, ErrFenced) {
+			t.Errorf("the reader of before: %v", err)
+		}
+		s.Seal()
+		if pos, p, err := fresh.Next(t.Context(), 128<<10); err != nil || pos != 1000 || !bytes.Equal(p, log[1000:]) {
+			t.Errorf("%d bytes at %d, %v", len(p), pos, err)
+		}
+		if _, _, err := s.Next(t.Context(), 1); !errors.Is(err, ErrFenced) {
+			t.Errorf("the reader of before at the end: %v", err)
+		}
+		if _, _, err := fresh.Next(t.Context(), 1); !errors.Is(err, io.EOF) {
+			t.Errorf("the end: %v", err)
+		}
+	})
 }
 
 func TestReceivedAtAndLag(t *testing.T) {

@@ -89,6 +89,9 @@ type Channel struct {
 	// ReconnectGrace is how long a broken connection may take to come back
 	// before it counts as the loss of the other side.
 	ReconnectGrace time.Duration `toml:"reconnect_grace"`
+	// AckTimeout is how long log may wait for an ack before the connection
+	// counts as broken, whatever heartbeats say.
+	AckTimeout time.Duration `toml:"ack_timeout"`
 }
 
 // Heartbeat configures failure detection.
@@ -230,6 +233,7 @@ func Default() Config {
 			ClientCert:     "/etc/pki/libvirt/clientcert.pem",
 			ClientKey:      "/etc/pki/libvirt/private/clientkey.pem",
 			ReconnectGrace: 200 * time.Millisecond,
+			AckTimeout:     2 * time.Second,
 		},
 		Heartbeat: Heartbeat{
 			Listen:   ":7701",

@@ -42,6 +42,8 @@ const (
 	minBuffer = 1 * MiB
 	// maxYield bounds how long a domain is held for a host that may be dead.
 	maxYield = 3 * time.Second
+	// maxAckTimeout is longer than any client should wait for a guest.
+	maxAckTimeout = 10 * time.Second
 	// maxShift is QEMU's own limit for icount.
 	maxShift = 10
 	// maxSocketPath is sizeof(sun_path) less the final zero byte.
@@ -104,6 +106,9 @@ func (c Config) Validate() error {
 	v.check(c.Channel.ReconnectGrace < c.Heartbeat.Timeout, "channel.reconnect_grace",
 		fmt.Sprintf("%s is not less than heartbeat.timeout (%s)", c.Channel.ReconnectGrace, c.Heartbeat.Timeout),
 		"a broken connection must be judged before a silent host is: lower it")
+	v.check(c.Channel.AckTimeout >= c.Heartbeat.Timeout && c.Channel.AckTimeout <= maxAckTimeout, "channel.ack_timeout",
+		fmt.Sprintf("%s is not between heartbeat.timeout (%s) and %s", c.Channel.AckTimeout, c.Heartbeat.Timeout, maxAckTimeout),
+		"a segment that TCP sends again must not end the pair, and a guest whose outputs wait must not hang for long: use two or three seconds")
 
 	v.listen("heartbeat.listen", c.Heartbeat.Listen)
 	v.period("heartbeat.interval", c.Heartbeat.Interval)

@@ -54,7 +54,7 @@ func (m *Machine) stepReplaying(ev Event) {
 		m.sessionLost = true
 		m.primaryAway(LostConnection, max(m.cfg.Grace, m.stopping))
 	case EventSessionRestored:
-		m.heal()
+		m.heal(ev)
 	case EventPeerDead:
 		m.primaryAway(PeerAgentLost, m.stopping)
 	case EventPeerQEMUDied:

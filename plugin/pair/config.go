@@ -19,6 +19,9 @@ type Config struct {
 	// Grace is how long a broken session may take to come back before the
 	// pair is given up. A peer or QEMU known to be dead gets none.
 	Grace int
+	// Hold is how long a session that came back must hold before the grace of
+	// the next loss is a whole one again.
+	Hold int
 	// Stopping is the grace for a primary whose agent announced its stop: it
 	// may be restarting.
 	Stopping int
@@ -53,6 +56,7 @@ type Config struct {
 func DefaultConfig() Config {
 	return Config{
 		Grace:    10,  // 500 ms
+		Hold:     20,  // 1 s
 		Stopping: 100, // 5 s
 		Away:     20,  // 1 s
 		Adopt:    20,  // 1 s
@@ -74,7 +78,7 @@ func (c Config) Validate() error {
 		name  string
 		value int
 	}{
-		{"grace", c.Grace}, {"stopping", c.Stopping}, {"away", c.Away}, {"adopt", c.Adopt},
+		{"grace", c.Grace}, {"hold", c.Hold}, {"stopping", c.Stopping}, {"away", c.Away}, {"adopt", c.Adopt},
 		{"stall", c.Stall}, {"settle", c.Settle}, {"plugin", c.Plugin},
 		{"promote", c.Promote}, {"answer", c.Answer}, {"retry-min", c.RetryMin}, {"retry-max", c.RetryMax},
 		{"resume", c.Resume}, {"remove", c.Remove},

@@ -131,6 +131,10 @@ type Event struct {
 	// arbiter. Events of another epoch than the machine's are dropped. On
 	// local events 0 stands for the machine's own.
 	Epoch plugin.Epoch
+	// Session is that of the epoch which the event is about, counted from 1:
+	// EventSessionLost, EventSessionRestored and EventPeerDead, of which those
+	// of an older one than the newest that came back are dropped.
+	Session uint64
 	// Peer is the other host: EventEnable, EventPrepareBackup, EventAdopt.
 	Peer string
 	// Role is what the copy was: EventAdopt.

@@ -36,6 +36,12 @@ type Machine struct {
 	resumeAgain int
 
 	sessionLost bool
+	// session is the newest that came back: what is told of one before is old.
+	session uint64
+	// spent counts the grace that losses took until a session held for a while,
+	// which hold counts down: one that comes back again and again and carries
+	// nothing is no session.
+	spent, hold int
 	// adopted: the peer may have missed what an earlier agent had to tell.
 	adopted bool
 	// grace counts down while a loss may heal; 0 means that none is pending.
@@ -100,6 +106,10 @@ func (m *Machine) Step(ev Event) []Action {
 	m.out = nil
 	if ev.Epoch != m.epoch && (ev.Epoch != 0 || ev.Kind.fenced()) && ev.Kind != EventEnable && ev.Kind != EventPrepareBackup && ev.Kind != EventAdopt {
 		m.logf("dropped %s of epoch %d: epoch is %d", ev.Kind, ev.Epoch, m.epoch)
+		return m.out
+	}
+	if ev.Session < m.session && ev.Session != 0 {
+		m.logf("dropped %s of session %d: session %d has come since", ev.Kind, ev.Session, m.session)
 		return m.out
 	}
 	switch ev.Kind {
@@ -217,8 +227,14 @@ func (m *Machine) tick() {
 	if m.stopping > 0 {
 		m.stopping--
 	}
+	if m.grace > 0 {
+		m.spent++
+	}
 	if expired(&m.grace) {
 		m.goLive(m.graceFor)
+	}
+	if expired(&m.hold) {
+		m.spent = 0
 	}
 	if expired(&m.stall) {
 		m.cloneStalled()
@@ -269,8 +285,17 @@ func expired(n *int) bool {
 }
 
 // lose notes that the peer cannot be reached, and lets the loss heal within
-// the given number of ticks. A grace that is running is not prolonged.
+// the given number of ticks, less those that losses shortly before took. A grace
+// that is running is not prolonged.
 func (m *Machine) lose(reason Reason, ticks int) {
+	m.hold = 0
+	if m.grace == 0 {
+		ticks -= m.spent
+	}
+	if ticks <= 0 {
+		m.goLive(reason)
+		return
+	}
 	if m.grace != 0 && m.grace <= ticks {
 		return
 	}
@@ -496,6 +521,7 @@ func (m *Machine) becomeFailed(reason Reason) {
 func (m *Machine) calm() {
 	m.grace, m.stall, m.settle, m.pluginOut, m.promote, m.stopping = 0, 0, 0, 0, 0, 0
 	m.sessionLost = false
+	m.spent, m.hold = 0, 0
 }
 
 func (m *Machine) become(to State, reason Reason) {

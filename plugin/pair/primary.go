@@ -83,7 +83,7 @@ func (m *Machine) stepRecording(ev Event) {
 		}
 		m.lose(LostConnection, m.cfg.Grace)
 	case EventSessionRestored:
-		m.heal()
+		m.heal(ev)
 	case EventPeerDead:
 		if m.stopping > 0 {
 			m.lose(PeerAgentLost, m.stopping)
@@ -129,8 +129,17 @@ func (m *Machine) backupWell() bool {
 	return m.part == rolePrimary && m.state == Protected && !m.sessionLost && m.grace == 0
 }
 
-// heal ends the grace of a session that came back.
-func (m *Machine) heal() {
+// heal ends the grace of a session that came back. What it took is not given back
+// until the session has held, except where an agent was restarted.
+func (m *Machine) heal(ev Event) {
+	m.session = ev.Session
+	switch {
+	case m.adopted || m.stopping > 0:
+		m.spent = 0
+	case m.sessionLost:
+		m.spent++
+	}
+	m.hold = m.cfg.Hold
 	m.sessionLost, m.grace, m.stopping = false, 0, 0
 	if m.state == Protected {
 		m.becomeProtected(m.unfit)

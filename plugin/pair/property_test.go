@@ -82,7 +82,7 @@ func newWorld(seed uint64, seen map[Transition]bool) *world {
 // newMachine is what an agent begins with.
 func (w *world) newMachine(h *hostModel) {
 	m, err := New(Config{
-		Grace: 3, Stopping: 8, Away: 4, Adopt: 4, Stall: 20, Settle: 8, Plugin: 4, Promote: 30, Answer: 6, RetryMin: 1, RetryMax: 4, Resume: 2, Remove: 3,
+		Hold: 6, Grace: 3, Stopping: 8, Away: 4, Adopt: 4, Stall: 20, Settle: 8, Plugin: 4, Promote: 30, Answer: 6, RetryMin: 1, RetryMax: 4, Resume: 2, Remove: 3,
 	})
 	if err != nil {
 		panic(err)
