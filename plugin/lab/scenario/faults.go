@@ -112,7 +112,7 @@ func faults(ctx context.Context, r *run) (figures string, err error) {
 		return "", err
 	}
 	r.say("the guest is protected")
-	for _, list := range [][]trial{o.full(), o.starved(), o.clocks(), o.crowds(), o.stops(), o.damage()} {
+	for _, list := range [][]trial{o.full(), o.starved(), o.clocks(), o.crowds(), o.paths(), o.stops(), o.damage()} {
 		for _, t := range list {
 			if r.Only != nil && !r.Only.MatchString(t.String()) {
 				continue

@@ -236,6 +236,47 @@ func (o *ordeal) crowds() []trial {
 	})...)
 }
 
+// paths carry heartbeats, and nothing of the channel: a firewall that lost its
+// state, and a smaller MTU than both ends believe.
+func (o *ordeal) paths() []trial {
+	var list []trial
+	for _, p := range []struct {
+		name    string
+		weather lab.Weather
+	}{
+		{"TCP is lost on the logging network", lab.Weather{NoTCP: true}},
+		{"packets of more than 300 bytes are lost on the logging network", lab.Weather{Largest: 300}},
+	} {
+		var began time.Time
+		list = append(list, both(trial{
+			name: p.name, lasts: 15 * time.Second,
+			begin: func(ctx context.Context, h *lab.Host, _ couple) (undoing, error) {
+				began = time.Now()
+				wire, err := h.Disturb(ctx, lab.Logging, p.weather, p.weather)
+				if err != nil {
+					return nil, err
+				}
+				return wire.Close, nil
+			},
+			during: func(ctx context.Context, _ *lab.Host, c couple) (string, error) {
+				decided, err := o.Wait(ctx, c.primary, o.vm.Name, "the end of a pair whose channel carries nothing", pathLimit,
+					func(s client.Status) (bool, error) { return s.State != "protected", nil })
+				if err != nil {
+					return "", err
+				}
+				told := fmt.Sprintf("%s is %s after %s ms", c.primary.Name, decided.State, ms(time.Since(began)))
+				_, err = o.traffic.WaitReply(ctx, time.Now(), pathLimit)
+				return told, err
+			},
+		})...)
+	}
+	return list
+}
+
+// pathLimit is how soon a pair must end whose channel carries nothing, and the
+// guest must answer then.
+const pathLimit = 6 * time.Second
+
 // stops are processes that do not run for a while.
 func (o *ordeal) stops() []trial {
 	var list []trial
