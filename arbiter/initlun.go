@@ -37,6 +37,9 @@ type LUNInfo struct {
 	// of Why.
 	Reservation bool
 	Why         string
+	// Resets tells that the commands of a host that is preempted are ended by a
+	// reset of the device, which has no PREEMPT AND ABORT.
+	Resets bool
 	// Domains is for how many domains there is room.
 	Domains int
 }
@@ -101,7 +104,10 @@ func (l *lun) init(ctx context.Context, reservation bool) (LUNInfo, error) {
 		return LUNInfo{}, fmt.Errorf("%w: %s has identity %s, expected %s", ErrInvalid, l.path, u.identity, l.id)
 	}
 	info.ID, info.Reservation, info.Domains = u.identity, u.mode == modeReservation, int(u.slots)
-	return info, nil
+	if info.Reservation {
+		info.Resets, err = u.tryReservation(ctx)
+	}
+	return info, err
 }
 
 // checkFree makes sure that nothing is lost by using the LUN, and that all
@@ -138,19 +144,44 @@ func (u *unit) choose(ctx context.Context, reservation bool) (why string, err er
 			ErrInvalid, u.path, why)
 	}
 	u.mode = modeReservation
-	for {
-		raw, err := u.read(ctx, scratchBlock)
-		if err != nil {
-			return "", err
-		}
-		done, err := u.swap(ctx, scratchBlock, raw, u.noise())
-		if errors.Is(err, scsi.ErrUnsupported) {
-			return "", fmt.Errorf("%w: %s cannot decide: %s; reservations: %w", ErrInvalid, u.path, why, err)
-		}
-		if done || err != nil {
-			return why, err
+	resets, err := u.tryReservation(ctx)
+	if errors.Is(err, scsi.ErrUnsupported) {
+		return "", fmt.Errorf("%w: %s cannot decide: %s; reservations: %w", ErrInvalid, u.path, why, err)
+	}
+	if err == nil && resets {
+		if err := u.reset(ctx); err != nil {
+			return "", fmt.Errorf("%w: %s cannot decide: %s; reservations: it has no PREEMPT AND ABORT, and this host cannot reset it: %w",
+				ErrInvalid, u.path, why, err)
 		}
 	}
+	return why, err
+}
+
+// tryReservation writes the scratch block under a reservation, and finds out how
+// the commands of a holder that is preempted are ended.
+func (u unit) tryReservation(ctx context.Context) (resets bool, err error) {
+	for done := false; !done; {
+		raw, err := u.read(ctx, scratchBlock)
+		if err != nil {
+			return false, err
+		}
+		if done, err = u.swap(ctx, scratchBlock, raw, u.noise()); err != nil {
+			return false, err
+		}
+	}
+	unlock, err := u.Lock(ctx)
+	if err != nil {
+		return false, fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
+	defer unlock()
+	own := newReservationKey() &^ keyBusy
+	if err = attentive(func() error { return u.Register(ctx, own) }); err == nil {
+		resets, err = u.needsReset(ctx, own)
+	}
+	if err != nil {
+		err = fmt.Errorf("%w: %s: %w", ErrUnavailable, u.path, err)
+	}
+	return resets, err
 }
 
 // noise is a block that no other call made.

@@ -449,10 +449,14 @@ func (u unit) sync(ctx context.Context) error {
 	return nil
 }
 
+// maxAttentions bounds what a device may have to tell.
+const maxAttentions = 1000
+
 // attentive repeats a command that was not carried out because the device had
-// something else to tell first, as it does after each login or reset.
+// something else to tell first, as it does after each login or reset. Some keep
+// one for each reset by another host.
 func attentive(command func() error) error {
-	for range 8 {
+	for range maxAttentions {
 		if err := command(); !errors.Is(err, scsi.ErrAttention) {
 			return err
 		}

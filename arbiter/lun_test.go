@@ -377,6 +377,110 @@ func TestPreemptedWriter(t *testing.T) {
 	}
 }
 
+// A write that the device took while its sender held the reservation is carried
+// out whenever the device gets to it. It must not undo what another host has won
+// since, on whatever device, and whatever its sender learnt of it.
+func TestLateWrite(t *testing.T) {
+	for name, st := range map[string]simState{
+		"aborted":              {},
+		"aborted, not told":    {NoTAS: true},
+		"reset":                {NoAbort: true},
+		"reset, not told":      {NoAbort: true, NoTAS: true},
+		"abort but no reset":   {NoReset: true},
+		"compare and abort it": {NoCompare: true},
+	} {
+		for _, deaf := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/deaf=%v", name, deaf), func(t *testing.T) { testLateWrite(t, st, deaf) })
+		}
+	}
+}
+
+func testLateWrite(t *testing.T, st simState, deaf bool) {
+	path := newSim(t, st)
+	cfg := lunConfig(path)
+	cfg.Reservation = true
+	info, err := arbiter.InitLUN(t.Context(), cfg)
+	if err != nil || !info.Reservation || info.Resets != st.NoAbort {
+		t.Fatalf("InitLUN gives %+v, %v", info, err)
+	}
+	sa, sb := login(path), login(path)
+	a := newLUN(t, arbiter.LUNConfig{Transport: sa, Timeout: time.Minute})
+	b := newLUN(t, arbiter.LUNConfig{Transport: sb, Timeout: time.Minute})
+	epoch, err := a.Open(t.Context(), testDomain, "a", "b")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tasks := newTaskSet(uint64(blockOf(t, path, testDomain, kindRecord)))
+	tasks.deaf = deaf
+	sa.tasks, sb.tasks = tasks, tasks
+	answer := make(chan error, 1)
+	go func() { answer <- a.Acquire(t.Context(), testDomain, epoch, "a") }()
+	<-tasks.held
+	errB := b.Acquire(t.Context(), testDomain, epoch, "b")
+	close(tasks.done)
+	errA := <-answer
+	if errB != nil {
+		t.Fatalf("host b, while a's write is late: %v", errB)
+	}
+	// It is told that it lost, or that it does not know.
+	if !errors.Is(errA, arbiter.ErrLost) && !errors.Is(errA, arbiter.ErrUnavailable) {
+		t.Errorf("host a: %v", errA)
+	}
+	wait := time.Now().Add(50 * time.Millisecond)
+	for time.Now().Before(wait) { // for a write that was not aborted
+		if rec, err := b.Lookup(t.Context(), testDomain); err != nil || rec.Owner != "b" {
+			t.Fatalf("record %+v (%v), host b had won", rec, err)
+		}
+	}
+	if err := a.Acquire(t.Context(), testDomain, epoch, "a"); !errors.Is(err, arbiter.ErrLost) {
+		t.Errorf("host a asks again: %v", err)
+	}
+}
+
+// A host that asks again while its own write is late gets one answer.
+func TestOwnLateWrite(t *testing.T) {
+	for name, st := range map[string]simState{"aborts": {NoCompare: true}, "resets": {NoCompare: true, NoAbort: true}} {
+		t.Run(name, func(t *testing.T) {
+			path := initLUN(t, st)
+			sa, sb := login(path), login(path)
+			a, b := newLUN(t, arbiter.LUNConfig{Transport: sa, Timeout: time.Minute}), newLUN(t, arbiter.LUNConfig{Transport: sb, Timeout: time.Minute})
+			epoch, err := a.Open(t.Context(), testDomain, "a", "b")
+			if err != nil {
+				t.Fatal(err)
+			}
+			tasks := newTaskSet(uint64(blockOf(t, path, testDomain, kindRecord)))
+			tasks.deaf = true
+			sa.tasks, sb.tasks = tasks, tasks
+			if err := a.Acquire(t.Context(), testDomain, epoch, "a"); !errors.Is(err, arbiter.ErrUnavailable) {
+				t.Fatalf("an answer that did not come: %v", err)
+			}
+			if st.NoAbort {
+				if err := a.Acquire(t.Context(), testDomain, epoch, "a"); err != nil {
+					t.Fatal(err)
+				}
+				if tasks.left() != 0 {
+					t.Error("its write of before is still under way")
+				}
+			}
+			errB := b.Acquire(t.Context(), testDomain, epoch, "b")
+			if won := errB == nil; won == st.NoAbort || errB != nil && !errors.Is(errB, arbiter.ErrLost) {
+				t.Errorf("host b: %v", errB)
+			}
+			if tasks.left() != 0 {
+				t.Error("the write is still under way when host b has its answer")
+			}
+		})
+	}
+}
+
+// A device that can neither abort nor be reset decides nothing under reservations.
+func TestInitLUNNeedsAnAbort(t *testing.T) {
+	_, err := arbiter.InitLUN(t.Context(), lunConfig(newSim(t, simState{NoCompare: true, NoAbort: true, NoReset: true})))
+	if !errors.Is(err, arbiter.ErrInvalid) || !strings.Contains(err.Error(), "PREEMPT AND ABORT") {
+		t.Errorf("InitLUN: %v", err)
+	}
+}
+
 // TestForeignReservation: somebody else's reservation is not taken away.
 func TestForeignReservation(t *testing.T) {
 	path := initLUN(t, simState{NoCompare: true})

@@ -32,6 +32,8 @@ type simLUN struct {
 	local chan struct{}
 	// intercept, if set, is asked before and after each command.
 	intercept func(cdb []byte, after bool) error
+	// tasks, if set, has the writes that the device took and has yet to do.
+	tasks *taskSet
 	// racy lets COMPARE AND WRITE compare and write without a lock.
 	racy bool
 }
@@ -44,6 +46,10 @@ const (
 // simState is what the device remembers beside its blocks.
 type simState struct {
 	NoCompare bool
+	// NoAbort devices have no PREEMPT AND ABORT, NoReset ones cannot be reset.
+	NoAbort, NoReset bool
+	// NoTAS devices give no answer to what others had aborted.
+	NoTAS bool
 	// NoFUA devices have a volatile cache, and Dirty tells that it is in use.
 	NoFUA, Dirty bool
 	Blocks       uint64
@@ -105,7 +111,13 @@ func (s *simLUN) Do(ctx context.Context, c scsi.Command) (scsi.Result, error) {
 	if ctx.Err() != nil {
 		return scsi.Result{}, ctx.Err()
 	}
-	r, err := s.locked(c, string(how) == "read-only")
+	var r scsi.Result
+	var err error
+	if s.tasks != nil && s.tasks.takes(c) {
+		r, err = s.tasks.hold(s, c)
+	} else {
+		r, err = s.locked(c, string(how) == "read-only")
+	}
 	if err == nil && s.intercept != nil {
 		err = s.intercept(c.CDB, true)
 	}
@@ -122,6 +134,110 @@ var (
 	illegal  = sense(scsi.KeyIllegalRequest, 0x20, 0)
 )
 
+// taskSet is the writes of a device that takes its time: each is taken when its
+// sender may write, and done when it is let go, whatever became of the reservation.
+type taskSet struct {
+	lba  uint64        // of the block whose first write is held
+	held chan struct{} // closed when it is
+	done chan struct{} // let it go
+	// deaf senders hear of no answer: they have given up.
+	deaf bool
+
+	mu   sync.Mutex
+	used bool
+	keys map[uint64]chan struct{} // closed to abort what came under the key
+}
+
+func newTaskSet(lba uint64) *taskSet {
+	return &taskSet{lba: lba, held: make(chan struct{}), done: make(chan struct{}), keys: make(map[uint64]chan struct{})}
+}
+
+func (ts *taskSet) takes(c scsi.Command) bool {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	return !ts.used && c.CDB[0] == 0x8A && binary.BigEndian.Uint64(c.CDB[2:]) == ts.lba
+}
+
+func (ts *taskSet) hold(s *simLUN, c scsi.Command) (scsi.Result, error) {
+	text, err := os.ReadFile(s.path + ".state")
+	var st simState
+	if err == nil {
+		err = json.Unmarshal(text, &st)
+	}
+	if err != nil || st.Holder != s.nexus {
+		return conflict, err
+	}
+	aborted := make(chan struct{})
+	ts.mu.Lock()
+	ts.used, ts.keys[st.Keys[s.nexus]] = true, aborted
+	ts.mu.Unlock()
+	answer := make(chan scsi.Result, 1)
+	go func() {
+		select {
+		case <-aborted:
+			answer <- scsi.Result{Status: scsi.StatusTaskAborted}
+			return
+		case <-ts.done:
+		}
+		f, err := os.OpenFile(s.path, os.O_RDWR, 0)
+		if err == nil {
+			_, err = f.WriteAt(c.Out, int64(ts.lba)*simBlock)
+			err = errors.Join(err, f.Close())
+		}
+		if err != nil {
+			panic(err)
+		}
+		answer <- good
+	}()
+	close(ts.held)
+	if ts.deaf {
+		return scsi.Result{}, scsi.ErrTransport
+	}
+	r := <-answer
+	if r.Status == scsi.StatusTaskAborted && st.NoTAS {
+		return scsi.Result{}, scsi.ErrTransport
+	}
+	return r, nil
+}
+
+// abort ends what came under the key, or all with key 0.
+func (ts *taskSet) abort(key uint64) {
+	if ts == nil {
+		return
+	}
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	for k, aborted := range ts.keys {
+		if key == 0 || k == key {
+			close(aborted)
+			delete(ts.keys, k)
+		}
+	}
+}
+
+// left is how many writes are under way.
+func (ts *taskSet) left() int {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	return len(ts.keys)
+}
+
+func (s *simLUN) Reset(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	return s.change(func(st *simState) error {
+		if st.NoReset {
+			return scsi.ErrTransport
+		}
+		s.tasks.abort(0)
+		for nexus := range st.Known {
+			st.Attention[nexus] = [2]byte{0x29, 0x02}
+		}
+		return nil
+	})
+}
+
 // locked does one command as the device does, one at a time.
 func (s *simLUN) locked(c scsi.Command, readOnly bool) (scsi.Result, error) {
 	f, err := os.OpenFile(s.path, os.O_RDWR, 0)
@@ -132,8 +248,23 @@ func (s *simLUN) locked(c scsi.Command, readOnly bool) (scsi.Result, error) {
 	if s.racy && c.CDB[0] == 0x89 {
 		return s.compareAndWrite(f, c)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
-		return scsi.Result{}, err
+	var r scsi.Result
+	err = s.change(func(st *simState) (err error) {
+		r, err = s.command(f, st, c, readOnly)
+		return err
+	})
+	return r, err
+}
+
+// change lets f work on the device's state, one at a time.
+func (s *simLUN) change(f func(*simState) error) error {
+	lock, err := os.Open(s.path)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = lock.Close() }()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		return err
 	}
 	var st simState
 	text, err := os.ReadFile(s.path + ".state")
@@ -141,7 +272,7 @@ func (s *simLUN) locked(c scsi.Command, readOnly bool) (scsi.Result, error) {
 		err = json.Unmarshal(text, &st)
 	}
 	if err != nil {
-		return scsi.Result{}, err
+		return err
 	}
 	if st.Keys == nil {
 		st.Keys = make(map[string]uint64)
@@ -149,16 +280,15 @@ func (s *simLUN) locked(c scsi.Command, readOnly bool) (scsi.Result, error) {
 	if st.Attention == nil {
 		st.Attention, st.Known = make(map[string][2]byte), make(map[string]bool)
 	}
-	r, err := s.command(f, &st, c, readOnly)
-	if err != nil {
-		return r, err
+	if err := f(&st); err != nil {
+		return err
 	}
 	next, err := json.Marshal(st)
 	if err == nil && !bytes.Equal(next, text) {
 		// A process that is killed here must leave a whole file.
 		err = errors.Join(os.WriteFile(s.path+".new", next, 0o644), os.Rename(s.path+".new", s.path+".state"))
 	}
-	return r, err
+	return err
 }
 
 func (s *simLUN) command(f *os.File, st *simState, c scsi.Command, readOnly bool) (scsi.Result, error) {
@@ -282,6 +412,9 @@ func (s *simLUN) reserveOut(st *simState, c scsi.Command) (scsi.Result, error) {
 		return good, nil
 	}
 	if st.Keys[s.nexus] != own || own == 0 {
+		if action == 0x05 && st.NoAbort {
+			return illegal, nil
+		}
 		return conflict, nil
 	}
 	switch action {
@@ -292,7 +425,10 @@ func (s *simLUN) reserveOut(st *simState, c scsi.Command) (scsi.Result, error) {
 			return conflict, nil
 		}
 		st.Holder, st.Type = s.nexus, c.CDB[2]&0x0F
-	case 0x04: // PREEMPT
+	case 0x04, 0x05: // PREEMPT, PREEMPT AND ABORT
+		if action == 0x05 && st.NoAbort {
+			return illegal, nil
+		}
 		found := false
 		for nexus, key := range st.Keys {
 			if key != other || nexus == s.nexus {
@@ -307,6 +443,9 @@ func (s *simLUN) reserveOut(st *simState, c scsi.Command) (scsi.Result, error) {
 		}
 		if !found {
 			return conflict, nil
+		}
+		if action == 0x05 {
+			s.tasks.abort(other)
 		}
 	default:
 		return illegal, nil

@@ -38,12 +38,20 @@ func (u unit) swap(ctx context.Context, lba uint64, old, next []byte) (bool, err
 }
 
 // Reservation keys are random, but for the lowest bit: it tells that the holder
-// is at work. They serve as a lock that the device enforces: whoever preempts
-// the holder takes from it, in one step, the right to write.
+// is at work, or was when it was last heard of. They serve as a lock that the
+// device enforces: whoever preempts the holder takes from it, in one step, the
+// right to write.
+//
+// A write that the device took while its sender held the reservation is carried
+// out all the same, however much later. So a busy holder's commands are aborted
+// by whoever takes its place, before that one reads. A key changes to one that
+// is not busy only when no write is left unanswered: devices find the commands to
+// abort by the key under which they came, and there is nothing to abort then.
 const keyBusy = 1
 
 // busyPatience is how long a holder at work is waited for at least. It is no
-// matter of safety: a holder that is preempted while at work starts over. But
+// matter of safety: a holder that is preempted while at work, and its commands
+// aborted, starts over. But
 // hosts must not preempt each other for ever, so that storage on which one
 // command takes long gets busyCommands times as long.
 const (
@@ -67,7 +75,8 @@ func (u unit) swapReserved(ctx context.Context, lba uint64, old, next []byte) (b
 	for {
 		done, err := u.tryReserved(ctx, lba, old, next)
 		// After a unit attention the reservation may have come and gone.
-		if !errors.Is(err, errPreempted) && !errors.Is(err, scsi.ErrReserved) && !errors.Is(err, scsi.ErrAttention) {
+		// What was aborted may have come through: that is looked at again.
+		if !errors.Is(err, errPreempted) && !errors.Is(err, scsi.ErrReserved) && !errors.Is(err, scsi.ErrAttention) && !errors.Is(err, scsi.ErrAborted) {
 			if err != nil {
 				err = fmt.Errorf("%w: %s: %w", ErrUnavailable, u.where(lba), err)
 			}
@@ -84,9 +93,12 @@ func (u unit) tryReserved(ctx context.Context, lba uint64, old, next []byte) (bo
 	if err := u.reserve(ctx, own); err != nil {
 		return false, err
 	}
+	answered := true
 	defer func() {
 		// Those who wait need not run out of patience. If it fails, they do.
-		_ = u.Reregister(context.WithoutCancel(ctx), own, own&^keyBusy)
+		if answered {
+			_ = u.Reregister(context.WithoutCancel(ctx), own, own&^keyBusy)
+		}
 	}()
 	now := make([]byte, u.size)
 	if err := u.Read(ctx, lba, now, u.size); err != nil {
@@ -99,12 +111,23 @@ func (u unit) tryReserved(ctx context.Context, lba uint64, old, next []byte) (bo
 		return false, context.Cause(ctx)
 	}
 	err := u.Write(ctx, lba, next, u.size)
+	var status *scsi.StatusError
+	answered = err == nil || errors.As(err, &status)
 	return err == nil, err
 }
 
-// reserve makes this host the holder, with the given key.
+// reserve makes this host the holder, with the given key, while no other command
+// of a holder before it can still write.
 func (u unit) reserve(ctx context.Context, own scsi.Key) error {
-	if err := attentive(func() error { return u.Register(ctx, own) }); err != nil {
+	var before scsi.Reservation
+	err := attentive(func() (err error) {
+		before, err = u.ReadReservation(ctx)
+		return err
+	})
+	if err == nil {
+		err = attentive(func() error { return u.Register(ctx, own) })
+	}
+	if err != nil {
 		return err
 	}
 	var waitsFor scsi.Key
@@ -123,6 +146,14 @@ func (u unit) reserve(ctx context.Context, own scsi.Key) error {
 			continue // What the device says it holds is what counts.
 		case r.Type != scsi.WriteExclusive:
 			return fmt.Errorf("the LUN is reserved by somebody else, with type %d and key %x", r.Type, uint64(r.Holder))
+		case r.Holder == own && before.Holder&keyBusy != 0:
+			// It was this host that was at work, before it was restarted
+			// perhaps, or it preempted one whose commands could not be ended.
+			if err := u.endCommands(ctx, own); err != nil {
+				return err
+			}
+			before = scsi.Reservation{}
+			continue
 		case r.Holder == own:
 			return nil
 		case r.Holder&keyBusy != 0 && (r.Holder != waitsFor || time.Now().Before(until)):
@@ -135,10 +166,69 @@ func (u unit) reserve(ctx context.Context, own scsi.Key) error {
 			}
 			continue
 		}
-		if err := u.Preempt(ctx, own, r.Holder); err != nil {
-			return fmt.Errorf("%w: %w", errPreempted, err)
+		if err := u.takeOver(ctx, own, r.Holder); err != nil {
+			return err
+		}
+		before = scsi.Reservation{}
+	}
+}
+
+// takeOver makes this host the holder in victim's place. If victim may have been
+// at work, none of its commands is left.
+func (u unit) takeOver(ctx context.Context, own, victim scsi.Key) error {
+	preempt := u.PreemptAndAbort
+	if victim&keyBusy == 0 {
+		preempt = u.Preempt
+	}
+	err := preempt(ctx, own, victim)
+	if errors.Is(err, scsi.ErrUnsupported) && victim&keyBusy != 0 {
+		// The device has no such command. As own is busy, a reset that fails
+		// now is made up for by whoever comes next.
+		if err = u.Preempt(ctx, own, victim); err == nil {
+			return u.reset(ctx)
 		}
 	}
+	if err != nil {
+		return fmt.Errorf("%w: %w", errPreempted, err)
+	}
+	return nil
+}
+
+// endCommands makes sure that nothing of what this host sent before is left at
+// the device.
+func (u unit) endCommands(ctx context.Context, own scsi.Key) error {
+	resets, err := u.needsReset(ctx, own)
+	if err != nil || !resets {
+		// This host's kernel aborts what it gives up, and the device what other
+		// holders left when they were preempted.
+		return err
+	}
+	return u.reset(ctx)
+}
+
+// needsReset tells that the device has no PREEMPT AND ABORT: it is asked to do that
+// to a host that is not there.
+func (u unit) needsReset(ctx context.Context, own scsi.Key) (bool, error) {
+	err := attentive(func() error { return u.PreemptAndAbort(ctx, own, newReservationKey()) })
+	switch {
+	case errors.Is(err, scsi.ErrUnsupported):
+		return true, nil
+	case errors.Is(err, scsi.ErrReserved):
+		return false, nil
+	}
+	return false, err
+}
+
+// reset ends all commands at the device, and takes note of the unit attention that
+// this makes.
+func (u unit) reset(ctx context.Context) error {
+	if err := u.Reset(ctx); err != nil {
+		return err
+	}
+	return attentive(func() error {
+		_, err := u.ReadReservation(ctx)
+		return err
+	})
 }
 
 func newReservationKey() scsi.Key {

@@ -28,6 +28,7 @@ const (
 	prRegister          = 0x00
 	prReserve           = 0x01
 	prPreempt           = 0x04
+	prPreemptAndAbort   = 0x05
 	prRegisterAndIgnore = 0x06
 )
 
@@ -82,6 +83,13 @@ func (d Device) Reserve(ctx context.Context, own Key) error {
 
 // Preempt takes the reservation from the holder with key victim, and removes
 // its registration, in one step. It fails with ErrReserved if that key is gone.
+// Commands that the device took from the holder before may still be carried out.
 func (d Device) Preempt(ctx context.Context, own, victim Key) error {
 	return d.reserveOut(ctx, "preempt", prPreempt, WriteExclusive, own, victim)
+}
+
+// PreemptAndAbort is Preempt that also aborts the holder's commands, and returns
+// when none of them is left (SPC-4, 5.12.11.5). Not every device has it.
+func (d Device) PreemptAndAbort(ctx context.Context, own, victim Key) error {
+	return d.reserveOut(ctx, "preempt and abort", prPreemptAndAbort, WriteExclusive, own, victim)
 }

@@ -41,6 +41,10 @@ type Transport interface {
 	// Lock keeps all others out that use the same I_T nexus, which is as a
 	// rule all processes of this host. To the device they are one.
 	Lock(ctx context.Context) (unlock func(), err error)
+	// Reset aborts all commands that the device has, whoever sent them, and
+	// returns when none of them is left (SAM-5, 7.7, logical unit reset).
+	// Registrations and reservations stay.
+	Reset(ctx context.Context) error
 }
 
 // Status bytes (SAM-5, 5.3.1).
@@ -83,6 +87,9 @@ var (
 	ErrProtected = errors.New("write protected")
 	// ErrBusy: the device has no room for the command now.
 	ErrBusy = errors.New("device is busy")
+	// ErrAborted: another host had the command aborted. Whether it was carried
+	// out is not known, but it will not be any more.
+	ErrAborted = errors.New("command was aborted by another host")
 	// ErrShort: the device sent less than the command asks for.
 	ErrShort = errors.New("short answer")
 )
@@ -118,6 +125,8 @@ func (e *StatusError) Is(target error) bool {
 		return check && e.Key == KeyUnitAttention
 	case ErrProtected:
 		return check && e.Key == KeyDataProtect
+	case ErrAborted:
+		return e.Status == StatusTaskAborted
 	case ErrBusy:
 		return e.Status == StatusBusy || e.Status == StatusTaskSetFull || e.Status == StatusACAActive
 	}

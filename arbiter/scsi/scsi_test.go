@@ -31,6 +31,8 @@ func (r *recorder) Do(_ context.Context, c scsi.Command) (scsi.Result, error) {
 
 func (r *recorder) Lock(context.Context) (func(), error) { return func() {}, nil }
 
+func (r *recorder) Reset(context.Context) error { return r.err }
+
 // TestCommands holds what is sent against the standards' tables.
 func TestCommands(t *testing.T) {
 	block := make([]byte, 512)
@@ -61,6 +63,8 @@ func TestCommands(t *testing.T) {
 			false, "5f010100000000001800", "00000000000011220000000000000000", 24},
 		"preempt": {func(ctx context.Context, d scsi.Device) error { return d.Preempt(ctx, 0x1122, 0x33) },
 			false, "5f040100000000001800", "00000000000011220000000000000033", 24},
+		"preempt and abort": {func(ctx context.Context, d scsi.Device) error { return d.PreemptAndAbort(ctx, 0x1122, 0x33) },
+			false, "5f050100000000001800", "00000000000011220000000000000033", 24},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := &recorder{in: make([]byte, 4096)}
@@ -138,7 +142,7 @@ func TestAnswers(t *testing.T) {
 }
 
 func TestErrors(t *testing.T) {
-	kinds := []error{scsi.ErrMiscompare, scsi.ErrReserved, scsi.ErrUnsupported, scsi.ErrAttention, scsi.ErrProtected, scsi.ErrBusy}
+	kinds := []error{scsi.ErrMiscompare, scsi.ErrReserved, scsi.ErrUnsupported, scsi.ErrAttention, scsi.ErrProtected, scsi.ErrBusy, scsi.ErrAborted}
 	for name, c := range map[string]struct {
 		status byte
 		sense  string
@@ -159,7 +163,7 @@ func TestErrors(t *testing.T) {
 		"conflict":          {status: 0x18, want: scsi.ErrReserved},
 		"busy":              {status: 0x08, want: scsi.ErrBusy},
 		"task set full":     {status: 0x28, want: scsi.ErrBusy},
-		"aborted elsewhere": {status: 0x40, other: true},
+		"aborted elsewhere": {status: 0x40, want: scsi.ErrAborted},
 	} {
 		t.Run(name, func(t *testing.T) {
 			sense, err := hex.DecodeString(c.sense)

@@ -42,6 +42,9 @@ type sgHeader struct {
 
 const (
 	sgIO              = 0x2285
+	sgReset           = 0x2284
+	sgResetDevice     = 1
+	sgResetNoMore     = 0x100 // nothing that reaches further than the device
 	sgNone            = -1
 	sgToDevice        = -2
 	sgFromDevice      = -3
@@ -124,6 +127,30 @@ func (s *SG) Do(ctx context.Context, c Command) (Result, error) {
 		Status: h.status, Sense: sense[:h.senseLen],
 		Received: len(c.In) - min(max(int(h.residual), 0), len(c.In)),
 	}, nil
+}
+
+// Reset implements Transport. The kernel gives the device as long as its transport
+// is configured to, such as 30 seconds. It needs CAP_SYS_ADMIN and CAP_SYS_RAWIO.
+func (s *SG) Reset(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("%w: %w", ErrTransport, context.Cause(ctx))
+	}
+	conn, err := s.file.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrTransport, err)
+	}
+	how := int32(sgResetDevice | sgResetNoMore)
+	var errno unix.Errno
+	err = conn.Control(func(fd uintptr) {
+		_, _, errno = unix.Syscall(unix.SYS_IOCTL, fd, sgReset, uintptr(unsafe.Pointer(&how)))
+	})
+	switch {
+	case err != nil:
+		return fmt.Errorf("%w: %w", ErrTransport, err)
+	case errno != 0:
+		return fmt.Errorf("%w: resetting the device: %w", ErrTransport, errno)
+	}
+	return nil
 }
 
 // Lock implements Transport by a lock on the device's node, which all processes

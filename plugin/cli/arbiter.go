@@ -108,7 +108,10 @@ func initialised(w io.Writer, info backend.Info) error {
 	case info.LUN != nil:
 		l, by := info.LUN, "COMPARE AND WRITE"
 		if l.Reservation {
-			by = "persistent reservations"
+			by = "persistent reservations, with PREEMPT AND ABORT"
+		}
+		if l.Resets {
+			by = "persistent reservations, with resets of the device, which has no PREEMPT AND ABORT"
 		}
 		if l.Why != "" {
 			by += "; " + l.Why
