@@ -26,7 +26,8 @@
 # make soak-storage N=5      race for epochs on NFS and iSCSI, N times as long as in the tests (root)
 # make bench-quick           what protection costs, in at most 6 minutes (root)
 # make bench                 all of it, with COLO beside it, in at most 40 (root)
-# make chaos SEED=1 MINUTES=20    let things go wrong at random on three hosts (root)
+# make chaos SEED=1 MINUTES=20    let things go wrong at random on three hosts (root);
+#                            ONLY='full-disk|reboot' does so with such faults alone
 # make test-deb              install, upgrade, remove and purge the packages in a
 #                            Debian of their own, and run lintian (root, network)
 # make test-docs             run every command of the documents on three bare hosts,
@@ -193,7 +194,7 @@ test-session: build build/guest
 test-real: build/debian
 demo test-real test-security test-faults soak-failover soak-crash soak-clone chaos: build build/guest
 	$(GO) build -o build/ftvirt-scenario ./plugin/lab/cmd/ftvirt-scenario
-	@build/ftvirt-scenario $@ $(if $(filter soak-% test-real,$@),$(if $(N),-n $(N))) $(if $(filter test-faults,$@),$(if $(ONLY),-only '$(ONLY)')) $(if $(filter chaos,$@),-seed $(SEED) -length $(MINUTES)m)
+	@build/ftvirt-scenario $@ $(if $(filter soak-% test-real,$@),$(if $(N),-n $(N))) $(if $(filter test-faults chaos,$@),$(if $(ONLY),-only '$(ONLY)')) $(if $(filter chaos,$@),-seed $(SEED) -length $(MINUTES)m)
 
 # On a machine that does nothing else; PART=work runs a part of it alone.
 bench: $(COLO) build/debian

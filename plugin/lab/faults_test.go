@@ -31,6 +31,64 @@ func TestFaults(t *testing.T) {
 	t.Run("storage", func(t *testing.T) { badStorage(t, hosta, hostb) })
 	t.Run("signal", func(t *testing.T) { signals(t, hosta) })
 	t.Run("crash", func(t *testing.T) { crashAmidst(t, hosta, hostb) })
+	t.Run("images", func(t *testing.T) { fullImages(t, hosta, hostb) })
+}
+
+// fullImages leaves a host no room for its disks, which are there again after it
+// was powered off.
+func fullImages(t *testing.T, hosta, hostb *lab.Host) {
+	path := filepath.Join(lab.ImageDir, "image")
+	write := func(h *lab.Host, text string) error {
+		_, err := h.Exec(within(t), "/bin/sh", "-euc", `echo "$1" >>"$2"`, "sh", text, path)
+		return err
+	}
+	if err := hosta.MountImages(within(t), 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	if err := write(hosta, strings.Repeat("one", 1500)); err != nil { // the next is in a block of its own
+		t.Fatal(err)
+	}
+	free, err := hosta.FillImages(within(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := write(hosta, strings.Repeat("two", 3000)); err == nil {
+		t.Error("there is room on the host without any")
+	}
+	if err := write(hostb, "three"); err != nil {
+		t.Errorf("no room on the other: %v", err)
+	}
+	if err := free(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	if err := write(hosta, "four"); err != nil {
+		t.Error(err)
+	}
+	before, err := os.ReadFile(hosta.Path(path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := hosta.PowerOff(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	if hosta.Up() {
+		t.Fatal("it is up after its power-off")
+	}
+	if err := hosta.Boot(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	if after, err := os.ReadFile(hosta.Path(path)); err != nil || string(after) != string(before) || !strings.HasSuffix(string(after), "four\n") {
+		t.Errorf("after the power-off %d bytes, %v; before %d", len(after), err, len(before))
+	}
+	if free, err = hosta.FillImages(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	if err := write(hosta, strings.Repeat("five", 3000)); err == nil {
+		t.Error("there is room on the host without any, after a boot")
+	}
+	if err := free(within(t)); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func connect(t *testing.T, from, to *lab.Host) net.Conn {

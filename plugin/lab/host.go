@@ -32,6 +32,10 @@ type Host struct {
 
 	index int // 1 for hosta
 	own   []ownMount
+	// imageBytes is the size of what MountImages made, and images that itself
+	// while the host is down.
+	imageBytes int
+	images     []*os.File
 }
 
 // ServiceAddr is the host's address on the service network.
@@ -322,6 +326,9 @@ func (h *Host) boot(ctx context.Context) error {
 	if err := h.lab.startProcess1(ctx, h.Node, hostScript, h.dir(), join, namespaces, args...); err != nil {
 		return err
 	}
+	if err := h.restoreImages(ctx); err != nil {
+		return err
+	}
 	if err := h.connect(ctx); err != nil {
 		return err
 	}
@@ -368,6 +375,9 @@ func (h *Host) Crash(ctx context.Context) error {
 		return err
 	}
 	service, logging := port(h.Name, Service), port(h.Name, Logging)
+	if err := h.holdImages(p); err != nil {
+		return fmt.Errorf("crash %s: %w", h.Name, err)
+	}
 	// Removing one end of a link removes the other.
 	if err := h.lab.switchBatch(ctx, "link del "+service, "link del "+logging); err != nil {
 		return err
@@ -381,6 +391,29 @@ func (h *Host) Crash(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// powerOffLimit is how long a host that ends waits for its processes.
+const powerOffLimit = 5 * time.Second
+
+// PowerOff ends the host as systemd does last of all: it asks each process to
+// end, kills what is left, and cuts the power.
+func (h *Host) PowerOff(ctx context.Context) error {
+	// The shell asks itself and process 1 not.
+	if _, err := h.kill(ctx, unix.SIGTERM, everything); err != nil {
+		return err
+	}
+	limit, cancel := context.WithTimeout(ctx, powerOffLimit)
+	defer cancel()
+	_ = poll(limit, func() (bool, error) {
+		// Left are process 1, what that waits for, and the shell.
+		out, err := h.Exec(limit, "/bin/sh", "-euc", `set -- /proc/[0-9]*; [ $# -gt 3 ] || echo alone`)
+		return err == nil && strings.TrimSpace(out) == "alone", nil
+	}, "the end of all processes on %s", h.Name)
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	return h.Crash(ctx)
 }
 
 // ---- agent and QEMU --------------------------------------------------------

@@ -190,6 +190,10 @@ func grows(t *testing.T, client guest.Client, image string) {
 // to be on its disk.
 func reboots(t *testing.T, client guest.Client) {
 	t.Helper()
+	before, err := client.Status(within(t))
+	if err != nil || before.Boot == "" {
+		t.Fatalf("before the reboot: %+v, %v", before, err)
+	}
 	lines, err := client.Reboot(within(t))
 	if err != nil || lines < 20 {
 		t.Fatalf("reboot: %d lines, %v", lines, err)
@@ -198,8 +202,8 @@ func reboots(t *testing.T, client guest.Client) {
 		t.Fatal(err)
 	}
 	s, err := client.Status(within(t))
-	if err != nil || s.Lines < lines || s.LinesRunning || s.LoadOps != 0 {
-		t.Errorf("after the reboot: %+v, %v; there were %d lines", s, err, lines)
+	if err != nil || s.Lines < lines || s.LinesRunning || s.LoadOps != 0 || s.Boot == before.Boot {
+		t.Errorf("after the reboot: %+v, %v; there were %d lines in %s", s, err, lines, before.Boot)
 	}
 }
 

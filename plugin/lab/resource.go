@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -48,14 +49,58 @@ func (h *Host) UnmountSmall(ctx context.Context, path string) error {
 func imageDirs() []string { return []string{ImageDir, config.Default().Clone.DiskDir} }
 
 // MountImages gives the directories of the host's disks small file systems, see
-// MountSmall. No domain may have a disk there yet.
+// MountSmall, but with what is in them they outlive a crash. No domain may have
+// a disk there yet.
 func (h *Host) MountImages(ctx context.Context, bytes int) error {
 	for _, dir := range imageDirs() {
 		if err := h.MountSmall(ctx, dir, bytes, imageFiles); err != nil {
 			return err
 		}
 	}
+	h.imageBytes = bytes
 	return nil
+}
+
+// holdImages keeps what MountImages made from going with the host's mounts.
+func (h *Host) holdImages(owner process) error {
+	if h.imageBytes == 0 {
+		return nil
+	}
+	for _, dir := range imageDirs() {
+		// An open directory is not freed.
+		f, err := os.Open(ownMount{dir, owner}.root())
+		if err != nil {
+			return errors.Join(err, h.dropImages())
+		}
+		h.images = append(h.images, f)
+	}
+	return nil
+}
+
+func (h *Host) dropImages() error {
+	var errs []error
+	for _, f := range h.images {
+		errs = append(errs, f.Close())
+	}
+	h.images = nil
+	return errors.Join(errs...)
+}
+
+// restoreImages gives the host, which was booted, what holdImages kept.
+func (h *Host) restoreImages(ctx context.Context) error {
+	if len(h.images) == 0 {
+		return nil
+	}
+	if err := h.MountImages(ctx, h.imageBytes); err != nil {
+		return err
+	}
+	for i, dir := range imageDirs() {
+		from := fmt.Sprintf("/proc/%d/fd/%d/.", os.Getpid(), h.images[i].Fd())
+		if err := h.lab.sh(ctx, `cp -a --sparse=always "$1" "$2"`, from, h.Path(dir)); err != nil {
+			return err
+		}
+	}
+	return h.dropImages()
 }
 
 // imageFiles is how many files a small file system for disks may have.
@@ -67,6 +112,7 @@ func (h *Host) UnmountImages(ctx context.Context) error {
 	for _, dir := range imageDirs() {
 		errs = append(errs, h.UnmountSmall(ctx, dir))
 	}
+	h.imageBytes = 0
 	return errors.Join(errs...)
 }
 
@@ -103,8 +149,11 @@ func (m ownMount) inside(path string) (string, bool) {
 	if path != m.path && !strings.HasPrefix(path, m.path+"/") || !m.owner.alive() {
 		return "", false
 	}
-	return fmt.Sprintf("/proc/%d/root%s", m.owner.PID, path), true
+	return ownMount{path, m.owner}.root(), true
 }
+
+// root is where the machine finds the path of the process whose mount it is.
+func (m ownMount) root() string { return fmt.Sprintf("/proc/%d/root%s", m.owner.PID, m.path) }
 
 // filler takes the room that Fill leaves nobody.
 const filler = ".ftvirt-lab-filler"

@@ -30,6 +30,7 @@ type Status struct {
 	LoadRunning  bool
 	LoadErrors   int
 	EchoBytes    int
+	Boot         string // another one after each reboot
 }
 
 // Digest is what the guest holds at a quiesced point.
@@ -59,7 +60,7 @@ func (c Client) Status(ctx context.Context) (Status, error) {
 		Uptime: time.Duration(f.number("uptime_ms")) * time.Millisecond,
 		Lines:  f.number("lines"), LinesRunning: f.number("lines_running") != 0, LineErrors: f.number("line_errors"),
 		LoadOps: f.number("load_ops"), LoadRunning: f.number("load_running") != 0, LoadErrors: f.number("load_errors"),
-		EchoBytes: f.number("echo_bytes"),
+		EchoBytes: f.number("echo_bytes"), Boot: f.values["boot"],
 	}
 	return s, f.err
 }
@@ -159,6 +160,9 @@ func (c Client) command(ctx context.Context, port uint16, line string) (*fields,
 	fail := func(err error) error {
 		if ctx.Err() != nil {
 			err = ctx.Err()
+		}
+		if tcp, ok := conn.(*net.TCPConn); ok {
+			_ = tcp.SetLinger(0) // a command that was given up must not come yet
 		}
 		return fmt.Errorf("guest %s: command %q: %w", c.Address, line, err)
 	}

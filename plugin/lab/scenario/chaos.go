@@ -5,6 +5,7 @@ package scenario
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"ftvirt.org/ftvirt/plugin/lab"
@@ -18,7 +19,8 @@ const (
 	Primary Part = "primary"
 	Backup  Part = "backup"
 	Spare   Part = "spare"
-	Each    Part = "each" // all hosts
+	Each    Part = "each"  // all hosts
+	Guest   Part = "guest" // which is where the primary is
 )
 
 // Kind is a kind of fault.
@@ -29,6 +31,7 @@ type Kind string
 // dead.
 const (
 	KillQEMU    Kind = "kill-qemu"
+	EndQEMU     Kind = "end-qemu" // by SIGTERM, as the end of its host does
 	StopQEMU    Kind = "stop-qemu"
 	KillAgent   Kind = "kill-agent"
 	StopAgent   Kind = "stop-agent"
@@ -37,9 +40,12 @@ const (
 	StopLibvirt Kind = "stop-libvirtd"
 	Freeze      Kind = "freeze" // a host that hangs: all of its processes stop
 	Crash       Kind = "crash"
+	StopHost    Kind = "stop-host" // in order, as for a reboot
 	Unplug      Kind = "unplug"
 	BadWire     Kind = "bad-wire"
 	BadStorage  Kind = "bad-storage"
+	FullDisk    Kind = "full-disk" // where images are, while the guest's disk grows
+	Reboot      Kind = "reboot"    // by the guest itself, which syncs nothing before
 )
 
 // Fault is one thing that goes wrong.
@@ -71,7 +77,7 @@ func (f Fault) String() string {
 		if f.Delay > 0 {
 			text += fmt.Sprintf(" by %v", f.Delay)
 		}
-	case KillQEMU:
+	case KillQEMU, EndQEMU, Reboot:
 		return fmt.Sprintf("%s, after %v", text, f.After)
 	}
 	return fmt.Sprintf("%s, after %v for %v", text, f.After, f.For)
@@ -81,7 +87,7 @@ func (f Fault) String() string {
 // connection of both. The guarantees are for one such fault at a time.
 func (f Fault) Grave() bool {
 	switch f.Kind {
-	case KillLibvirt, StopLibvirt, BadStorage:
+	case KillLibvirt, StopLibvirt, BadStorage, Reboot:
 		return false
 	case Unplug, BadWire:
 		if f.Network != lab.Logging || f.Kind == BadWire && mild(f.Out) && mild(f.In) {
@@ -94,21 +100,22 @@ func (f Fault) Grave() bool {
 // mild tells whether frames are late only, and never by so much that a peer
 // could be taken for dead.
 func mild(w lab.Weather) bool {
-	return !w.Cut && w.Drop == 0 && w.Delay+w.Jitter <= mildDelay
+	return !w.Cut && w.Drop == 0 && !w.NoTCP && w.Largest == 0 && w.Delay+w.Jitter <= mildDelay
 }
 
 const mildDelay = 100 * time.Millisecond
 
 // Breaks tells whether it costs the pair a copy for certain.
 func (f Fault) Breaks() bool {
-	return (f.Kind == KillQEMU || f.Kind == Crash) && f.Part != Spare
+	return (f.Kind == KillQEMU || f.Kind == EndQEMU || f.down()) && f.Part != Spare
 }
+
+// down tells whether the whole host is down for a while.
+func (f Fault) down() bool { return f.Kind == Crash || f.Kind == StopHost }
 
 // Fatal tells whether it may cost the primary's copy, even if that is the only
 // one.
-func (f Fault) Fatal() bool {
-	return f.Part == Primary && (f.Kind == KillQEMU || f.Kind == Crash)
-}
+func (f Fault) Fatal() bool { return f.Part == Primary && f.Breaks() }
 
 // Step is what goes wrong at once, or nearly. The pair is redundant before it
 // and must be so again after it.
@@ -124,6 +131,11 @@ type Step struct {
 	Again *Fault
 }
 
+// reboots tells whether the guest does among all that.
+func (s Step) reboots() bool {
+	return slices.ContainsFunc(s.Faults(), func(f Fault) bool { return f.Kind == Reboot })
+}
+
 // Faults lists them all.
 func (s Step) Faults() []Fault {
 	all := append([]Fault{s.Main}, s.Others...)
@@ -136,11 +148,25 @@ func (s Step) Faults() []Fault {
 // plan makes steps out of a seed, without end.
 type plan struct {
 	random *rand.Rand
-	deck   []func() Fault
+	// shared: the hosts have one directory of images, and so one that is full is
+	// the fault of none of them.
+	shared bool
+	deck   []card
+	steps  int // so far
 }
+
+// card gives a step's main fault, and what comes along with that.
+type card func() []Fault
 
 func newPlan(seed uint64) *plan {
 	return &plan{random: rand.New(rand.NewPCG(seed, 0x6674766972740a))}
+}
+
+// share says whether they have.
+func (p *plan) share(images bool) {
+	if p.shared != images {
+		p.shared, p.deck = images, nil
+	}
 }
 
 // next makes the next step. Kinds are drawn as from a deck of cards, so that
@@ -150,9 +176,14 @@ func (p *plan) next() Step {
 		p.deck = p.cards()
 		p.random.Shuffle(len(p.deck), func(i, j int) { p.deck[i], p.deck[j] = p.deck[j], p.deck[i] })
 	}
-	s := Step{Rest: p.span(300*time.Millisecond, 2*time.Second), Main: p.deck[0]()}
+	p.steps++
+	s := Step{Rest: p.span(300*time.Millisecond, 2*time.Second)}
+	drawn := p.deck[0]()
 	p.deck = p.deck[1:]
-	s.Main.After = p.span(0, 500*time.Millisecond)
+	s.Main, s.Others = drawn[0], drawn[1:]
+	if s.Main.After == 0 {
+		s.Main.After = p.span(0, 500*time.Millisecond)
+	}
 	if p.chance(0.5) {
 		for range 1 + p.random.IntN(2) {
 			other := p.harmless()
@@ -174,7 +205,7 @@ func clash(f Fault, others []Fault) bool {
 	for _, o := range others {
 		here := f.Part == o.Part
 		switch {
-		case here && (f.Kind == Crash || o.Kind == Crash):
+		case here && (f.down() || o.down()):
 			return true
 		case !here && f.Part != Each && o.Part != Each:
 		case f.Kind == o.Kind,
@@ -198,25 +229,61 @@ func libvirt(f Fault) bool { return f.Kind == KillLibvirt || f.Kind == StopLibvi
 func agent(f Fault) bool   { return f.Kind == KillAgent || f.Kind == StopAgent || f.Kind == EndAgent }
 
 // cards are the kinds of a step's main fault. Some are there twice.
-func (p *plan) cards() []func() Fault {
-	on := func(k Kind, part Part, shortest, longest time.Duration) func() Fault {
-		return func() Fault { return Fault{Kind: k, Part: part, For: p.span(shortest, longest)} }
+func (p *plan) cards() []card {
+	alone := func(f func() Fault) card { return func() []Fault { return []Fault{f()} } }
+	on := func(k Kind, part Part, shortest, longest time.Duration) card {
+		return alone(func() Fault { return Fault{Kind: k, Part: part, For: p.span(shortest, longest)} })
 	}
 	const ms = time.Millisecond
-	return []func() Fault{
+	cards := []card{
 		on(KillQEMU, Primary, 0, 0), on(KillQEMU, Primary, 0, 0), on(KillQEMU, Backup, 0, 0),
+		on(EndQEMU, Primary, 0, 0), on(EndQEMU, Backup, 0, 0),
 		on(StopQEMU, Primary, 100*ms, 3000*ms), on(StopQEMU, Backup, 100*ms, 3000*ms),
 		on(KillAgent, Primary, 0, 2000*ms), on(KillAgent, Backup, 0, 2000*ms),
 		on(StopAgent, Primary, 100*ms, 3000*ms), on(StopAgent, Backup, 100*ms, 3000*ms),
 		on(EndAgent, p.either(), 0, 1000*ms),
 		on(Freeze, p.either(), 100*ms, 3000*ms),
 		on(Crash, Primary, 1000*ms, 4000*ms), on(Crash, p.either(), 1000*ms, 4000*ms),
-		func() Fault { return p.unplug(lab.Logging, p.either()) },
-		func() Fault { return p.oneWay(lab.Logging, p.either()) },
-		func() Fault { return p.badWire(lab.Logging, p.either()) },
-		func() Fault { return p.badWire(lab.Logging, p.either()) },
-		p.service, p.storage, p.libvirt,
+		on(StopHost, Primary, 1000*ms, 4000*ms), on(StopHost, p.either(), 1000*ms, 4000*ms),
+		alone(func() Fault { return p.unplug(lab.Logging, p.either()) }),
+		alone(func() Fault { return p.oneWay(lab.Logging, p.either()) }),
+		alone(func() Fault { return p.badWire(lab.Logging, p.either()) }),
+		alone(func() Fault { return p.badWire(lab.Logging, p.either()) }),
+		alone(func() Fault { return p.choosyWire(lab.Weather{NoTCP: true}) }),
+		alone(func() Fault { return p.choosyWire(lab.Weather{Largest: 100 + p.random.IntN(1300)}) }),
+		alone(p.service), alone(p.storage), alone(p.libvirt),
+		on(Reboot, Guest, 0, 0), p.duringBoot, p.duringBoot, p.withoutLibvirt,
 	}
+	if !p.shared {
+		cards = append(cards, on(FullDisk, Primary, 1000*ms, 4000*ms), on(FullDisk, Backup, 1000*ms, 4000*ms))
+	}
+	return cards
+}
+
+// duringBoot makes a fault for the time in which the guest reboots: in its
+// firmware, or while its kernel sets its devices up.
+func (p *plan) duringBoot() []Fault {
+	f := Fault{
+		Kind: pick(p, KillQEMU, KillQEMU, EndQEMU, Crash, StopAgent), Part: pick(p, Primary, Primary, Backup),
+		After: p.span(time.Millisecond, longestBoot),
+	}
+	if f.Kind != KillQEMU && f.Kind != EndQEMU {
+		f.For = p.span(time.Second, 3*time.Second)
+	}
+	return []Fault{f, {Kind: Reboot, Part: Guest}}
+}
+
+// longestBoot is how long the lab's guest takes to boot, or a little longer.
+const longestBoot = 10 * time.Second
+
+// withoutLibvirt makes a failover to a host whose libvirtd does not answer, for
+// longer than anybody waits for it.
+func (p *plan) withoutLibvirt() []Fault {
+	f := Fault{Kind: pick(p, KillQEMU, KillQEMU, EndQEMU, Crash), Part: Primary, After: p.span(200*time.Millisecond, time.Second)}
+	if f.Kind == Crash {
+		f.For = p.span(time.Second, 4*time.Second)
+	}
+	return []Fault{f, {Kind: pick(p, StopLibvirt, StopLibvirt, KillLibvirt), Part: Backup, For: p.span(2*time.Second, 15*time.Second)}}
 }
 
 // harmless makes a fault that costs the pair nothing.
@@ -255,9 +322,9 @@ func (p *plan) onSpare() Fault {
 // the host that is to become it.
 func (p *plan) whileAlone() Fault {
 	var f Fault
-	switch p.random.IntN(7) {
+	switch p.random.IntN(10) {
 	case 0:
-		f = Fault{Kind: KillQEMU, Part: Backup}
+		f = Fault{Kind: pick(p, KillQEMU, EndQEMU), Part: Backup}
 	case 1:
 		f = Fault{Kind: KillAgent, Part: Backup, For: p.span(0, 2*time.Second)}
 	case 2:
@@ -268,6 +335,16 @@ func (p *plan) whileAlone() Fault {
 		f = p.unplug(lab.Logging, p.either())
 	case 5:
 		f = p.badWire(lab.Logging, p.either())
+	case 6:
+		f = p.choosyWire(pick(p, lab.Weather{NoTCP: true}, lab.Weather{Largest: 1000}))
+	case 7:
+		f = Fault{Kind: StopHost, Part: Backup, For: p.span(time.Second, 4*time.Second)}
+	case 8:
+		if !p.shared {
+			f = Fault{Kind: FullDisk, Part: Backup, For: p.span(time.Second, 4*time.Second)}
+			break
+		}
+		fallthrough
 	default:
 		f = p.libvirt()
 	}
@@ -315,6 +392,21 @@ func (p *plan) oneWay(n lab.Network, part Part) Fault {
 		f.Out.Cut = true
 	} else {
 		f.In.Cut = true
+	}
+	return f
+}
+
+// choosyWire makes a cable of the logging network over which a part of the
+// packets does not come, in one direction or both.
+func (p *plan) choosyWire(w lab.Weather) Fault {
+	f := Fault{Kind: BadWire, Part: p.either(), Network: lab.Logging, For: p.span(500*time.Millisecond, 5*time.Second)}
+	switch p.random.IntN(3) {
+	case 0:
+		f.Out = w
+	case 1:
+		f.In = w
+	default:
+		f.Out, f.In = w, w
 	}
 	return f
 }

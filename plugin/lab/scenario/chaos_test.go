@@ -4,6 +4,7 @@ package scenario
 
 import (
 	"reflect"
+	"slices"
 	"testing"
 	"time"
 
@@ -36,7 +37,14 @@ func TestPlansAreSurvivable(t *testing.T) {
 				t.Errorf("seed %d, step %d: %s while the pair is being made after %s", seed, number, s.Again, s.Main)
 			}
 			for _, f := range s.Faults() {
-				if f.For < 0 || f.For > 5*time.Second || f.After < 0 || f.After > 2*time.Second {
+				longest, latest := 5*time.Second, 2*time.Second
+				if libvirt(f) {
+					longest = 15 * time.Second
+				}
+				if s.reboots() {
+					latest = longestBoot
+				}
+				if f.For < 0 || f.For > longest || f.After < 0 || f.After > latest {
 					t.Errorf("seed %d, step %d: %s", seed, number, f)
 				}
 				if (f.Network != "") != (f.Kind == Unplug || f.Kind == BadWire) || (f.Storage != "") != (f.Kind == BadStorage) {
@@ -67,7 +75,9 @@ func TestPlansLeaveNothingOut(t *testing.T) {
 	for _, s := range steps(1, size) {
 		kinds[s.Main.Kind] = true
 	}
-	for _, k := range []Kind{KillQEMU, StopQEMU, KillAgent, StopAgent, EndAgent, Freeze, Crash, Unplug, BadWire, BadStorage} {
+	for _, k := range []Kind{
+		KillQEMU, EndQEMU, StopQEMU, KillAgent, StopAgent, EndAgent, Freeze, Crash, StopHost, Unplug, BadWire, BadStorage, FullDisk, Reboot,
+	} {
 		if !kinds[k] {
 			t.Errorf("no %s among the first %d steps", k, size)
 		}
@@ -81,17 +91,40 @@ func TestPlansLeaveNothingOut(t *testing.T) {
 				seen["delay"] = seen["delay"] || w.Delay > 0
 				seen["drop"] = seen["drop"] || w.Drop > 0
 				seen["reorder"] = seen["reorder"] || w.Reorder
+				seen["no TCP"] = seen["no TCP"] || w.NoTCP
+				seen["black hole"] = seen["black hole"] || w.Largest > 0
 			}
 			seen[string(f.Storage)] = true
 		}
+		along := func(k Kind, part Part) bool {
+			return slices.ContainsFunc(s.Others, func(f Fault) bool { return f.Kind == k && f.Part == part })
+		}
+		seen["failover in a boot"] = seen["failover in a boot"] || s.Main.Fatal() && along(Reboot, Guest)
+		seen["failover without libvirt"] = seen["failover without libvirt"] || s.Main.Fatal() && along(StopLibvirt, Backup)
 	}
 	for _, want := range []string{
 		"kill-qemu primary", "kill-qemu backup", "crash primary", "crash backup", "crash spare", "kill-agent spare",
 		"freeze primary", "freeze backup", "kill-libvirtd primary", "stop-libvirtd spare", "unplug spare", "bad-storage each",
-		"service cut", "logging cut", "delay", "drop", "reorder", "away", "read-only", "slow", "hung",
+		"service cut", "logging cut", "delay", "drop", "reorder", "away", "read-only", "slow", "hung", "no TCP", "black hole",
+		"end-qemu primary", "end-qemu backup", "stop-host primary", "stop-host backup", "full-disk primary", "full-disk backup", "reboot guest",
+		"failover in a boot", "failover without libvirt",
 	} {
 		if !seen[want] {
 			t.Errorf("never: %s", want)
+		}
+	}
+}
+
+// With one directory for all, no host's disk is full alone.
+func TestPlansOfSharedImages(t *testing.T) {
+	p := newPlan(1)
+	p.next()
+	p.share(true)
+	for range 2000 {
+		for _, f := range p.next().Faults() {
+			if f.Kind == FullDisk {
+				t.Fatalf("step %d: %s", p.steps, f)
+			}
 		}
 	}
 }
@@ -109,6 +142,12 @@ func TestGrave(t *testing.T) {
 		{Fault{Kind: StopAgent, Part: Spare}, false},
 		{Fault{Kind: Crash, Part: Spare}, false},
 		{Fault{Kind: KillLibvirt, Part: Primary}, false},
+		{Fault{Kind: EndQEMU, Part: Backup}, true},
+		{Fault{Kind: StopHost, Part: Primary}, true},
+		{Fault{Kind: FullDisk, Part: Backup}, true},
+		{Fault{Kind: Reboot, Part: Guest}, false},
+		{wire(Primary, lab.Logging, lab.Weather{NoTCP: true}), true},
+		{wire(Primary, lab.Logging, lab.Weather{Largest: 1000}), true},
 		{Fault{Kind: BadStorage, Part: Each, Storage: lab.StorageHung}, false},
 		{Fault{Kind: Unplug, Part: Backup, Network: lab.Logging}, true},
 		{Fault{Kind: Unplug, Part: Backup, Network: lab.Service}, false},

@@ -39,25 +39,77 @@ const (
 	askInterval = 50 * time.Millisecond
 	// askTimeout bounds a question to an agent, which may be stopped.
 	askTimeout = time.Second
+	// settleLimit is how soon after that the domain must be defined for good.
+	settleLimit = 30 * time.Second
+	// imageBytes is the room that a host has for images: for some of the guest's
+	// disk, so that a full one is filled soon.
+	imageBytes = 256 << 20
 	// lastStep is how long before the end of a run the last step may begin.
 	lastStep = 15 * time.Second
 )
 
 // Chaos lets things go wrong at random on three hosts, for a given time, and
-// judges all the while whether anybody could tell.
+// judges all the while whether anybody could tell. In the last quarter of the
+// time, or with SharedImages in all of it, the hosts have one directory of images.
 func Chaos(ctx context.Context, o Options) error {
 	o.HostCount = 3
 	r := &run{Options: o, configure: func(*config.Config) {}, start: time.Now()}
-	return r.run(ctx, "chaos", chaos)
+	p, sum := newPlan(o.Seed), &tally{}
+	return r.report("chaos", func() (string, error) {
+		r.say("seed %d, %v of faults", o.Seed, o.Length)
+		var err error
+		if !o.SharedImages {
+			err = r.chaosFor(ctx, o.Length*3/4, p, sum)
+			r.Length, r.SharedImages = o.Length/4, true
+		}
+		if err == nil {
+			err = r.chaosFor(ctx, r.Length, p, sum)
+		}
+		return fmt.Sprintf("%s seed=%d", sum, o.Seed), err
+	})
 }
 
-// storm is a run of chaos.
+// chaosFor lets things go wrong in a lab of their own.
+func (r *run) chaosFor(ctx context.Context, length time.Duration, p *plan, sum *tally) error {
+	p.share(r.SharedImages)
+	_, err := r.inLab(ctx, "chaos", func(ctx context.Context, r *run) (string, error) {
+		s := &storm{run: r, plan: p}
+		return "", s.blow(ctx, length, sum)
+	})
+	return err
+}
+
+// tally is what a run tells in the end.
+type tally struct {
+	faults, failovers, splits, lost int
+	replies                         figures // after failovers that nothing else delays
+	reprotect                       figures
+}
+
+func (t *tally) add(s *storm) {
+	splits, _ := s.witness.Verdict()
+	_, unanswered, _ := s.traffic.Counts()
+	_, unkept := s.ledger.Counts()
+	t.faults, t.failovers, t.splits = t.faults+s.faults, t.failovers+s.witness.Failovers(), t.splits+splits
+	t.lost += s.past.lost + unanswered + unkept + s.lostLine
+	t.replies, t.reprotect = append(t.replies, s.failovers...), append(t.reprotect, s.reprotect...)
+}
+
+func (t *tally) String() string {
+	return fmt.Sprintf("faults=%d failovers=%d split=%d lost=%d median_failover_ms=%s p99_failover_ms=%s reprotect_s=%.1f",
+		t.faults, t.failovers, t.splits, t.lost, t.replies, ms(percentile(t.replies, 99)), longest(t.reprotect).Seconds())
+}
+
+// storm is what goes wrong in one lab, with one guest.
 type storm struct {
 	*run
+	plan    *plan
 	vm      *VM
 	traffic *Traffic
 	ledger  *Ledger
 	witness *Witness
+	past    pastLives
+	asked   lastReboot
 
 	faults    int
 	failovers figures // of steps that nothing else delays
@@ -69,50 +121,48 @@ type storm struct {
 	err      error
 }
 
-func chaos(ctx context.Context, r *run) (figures string, err error) {
-	a, b := r.Pair()
-	s := &storm{run: r}
-	r.say("seed %d, %v of faults", r.Seed, r.Length)
-	if s.vm, err = r.StartVM(ctx, a, b, 0, "guest"); err != nil {
-		return "", err
+// blow makes steps for so long.
+func (s *storm) blow(ctx context.Context, length time.Duration, sum *tally) (err error) {
+	if !s.SharedImages {
+		for _, h := range s.Hosts() {
+			if err := h.MountImages(ctx, imageBytes); err != nil {
+				return err
+			}
+		}
+	}
+	a, b := s.Pair()
+	if s.vm, err = s.StartVM(ctx, a, b, 0, "guest"); err != nil {
+		return err
 	}
 	if s.witness, err = s.vm.Witness(ctx, a); err != nil {
-		return "", err
+		return err
 	}
 	defer s.witness.Close()
-	if s.traffic, err = s.vm.Traffic(ctx); err != nil {
-		return "", err
+	if err := s.connect(ctx); err != nil {
+		return err
 	}
-	defer s.traffic.Close()
-	if s.ledger, err = s.vm.Ledger(ctx); err != nil {
-		return "", err
-	}
-	defer s.ledger.Close()
+	defer s.disconnect()
+	defer sum.add(s)
 	watching, stop := context.WithCancel(ctx)
 	var watch sync.WaitGroup
 	defer watch.Wait()
 	defer stop()
 	watch.Go(func() { s.watchLines(watching) })
 	if _, err := s.waitWhole(ctx, time.Now(), redundantLimit); err != nil {
-		return "", err
+		return err
 	}
-	r.say("the guest is protected")
+	s.say("the guest is protected")
 
-	err = s.rage(ctx)
+	err = s.rage(ctx, length)
 	if err == nil {
 		stop()
 		watch.Wait()
 		err = s.settle(ctx)
 	}
-	split, _ := s.witness.Verdict()
-	_, unanswered, _ := s.traffic.Counts()
-	_, unkept := s.ledger.Counts()
 	if err != nil {
-		r.say("%s", s.witness.History())
+		s.say("%s", s.witness.History())
 	}
-	return fmt.Sprintf("faults=%d failovers=%d split=%d lost=%d median_failover_ms=%s p99_failover_ms=%s reprotect_s=%.1f seed=%d",
-		s.faults, s.witness.Failovers(), split, unanswered+unkept+s.lostLine,
-		s.failovers, ms(percentile(s.failovers, 99)), longest(s.reprotect).Seconds(), r.Seed), err
+	return err
 }
 
 // percentile gives the smallest value that so many of a hundred do not exceed.
@@ -125,16 +175,29 @@ func percentile(list []time.Duration, of int) time.Duration {
 }
 
 // rage makes steps until the time is over.
-func (s *storm) rage(ctx context.Context) error {
-	begin := time.Now()
-	p := newPlan(s.Seed)
-	for number := 1; time.Since(begin) < s.Length-lastStep; number++ {
-		step := p.next()
-		if err := s.step(ctx, number, step); err != nil {
-			return fmt.Errorf("step %d (%s): %w", number, step.Main, err)
+func (s *storm) rage(ctx context.Context, length time.Duration) error {
+	for begin := time.Now(); time.Since(begin) < length-lastStep; {
+		step, err := s.wanted()
+		if err != nil {
+			return err
+		}
+		if err := s.step(ctx, s.plan.steps, step); err != nil {
+			return fmt.Errorf("step %d (%s): %w", s.plan.steps, step.Main, err)
 		}
 	}
 	return nil
+}
+
+// wanted gives the next step that has a fault of which Only tells.
+func (s *storm) wanted() (Step, error) {
+	const most = 1000
+	for range most {
+		step := s.plan.next()
+		if s.Only == nil || slices.ContainsFunc(step.Faults(), func(f Fault) bool { return s.Only.MatchString(f.String()) }) {
+			return step, nil
+		}
+	}
+	return Step{}, fmt.Errorf("none of %d steps has a fault like %q", most, s.Only)
 }
 
 // step lets one step's faults happen, and waits until all is well again.
@@ -163,9 +226,17 @@ func (s *storm) step(ctx context.Context, number int, step Step) error {
 	}
 	for i, f := range append([]Fault{step.Main}, step.Others...) {
 		faults.Go(func() {
-			at, err := s.inflict(ctx, f, before)
+			var at time.Time
+			err := s.await(ctx, &f, before)
+			if err == nil {
+				at, err = s.inflict(ctx, f, before)
+			}
 			if i == 0 {
 				injected = at
+			}
+			if errors.Is(err, errLate) {
+				s.say("step %d: %v", number, err)
+				err = nil
 			}
 			fail(f, err)
 		})
@@ -181,11 +252,23 @@ func (s *storm) step(ctx context.Context, number int, step Step) error {
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
+	if injected.IsZero() { // it was too late
+		s.faults--
+		injected = healed
+	}
+	if err := s.makeGood(ctx, step, before); err != nil {
+		return err
+	}
 	whole, err := s.waitWhole(ctx, healed, redundantLimit)
 	if err != nil {
 		return err
 	}
 	s.reprotect = append(s.reprotect, whole)
+	if step.reboots() {
+		if err := s.nextLife(ctx); err != nil {
+			return err
+		}
+	}
 	if _, err := s.traffic.WaitReply(ctx, healed, replyLimit); err != nil {
 		return err
 	}
@@ -194,17 +277,74 @@ func (s *storm) step(ctx context.Context, number int, step Step) error {
 		return err
 	}
 	text := ""
-	if step.Main.Fatal() && !delayed(step) {
+	if step.Main.Fatal() && step.Main.Kind != StopHost && !delayed(step) {
 		s.failovers = append(s.failovers, first.Sub(injected))
 		text = fmt.Sprintf(", next reply after %s ms", ms(first.Sub(injected)))
 	}
 	s.say("step %d: whole again %.1f s after the last fault, longest gap %s ms%s", number, whole.Seconds(), ms(s.traffic.LongestGap(injected)), text)
-	return s.check(ctx)
+	return errors.Join(s.check(ctx), s.settled(ctx))
+}
+
+// makeGood does what an operator has to do after faults that nobody else can undo.
+func (s *storm) makeGood(ctx context.Context, step Step, before couple) error {
+	for _, f := range step.Faults() {
+		if f.Kind != FullDisk || f.Part != Primary {
+			continue
+		}
+		// QEMU does not go on by itself when its disk has room again.
+		state, err := before.primary.Virsh(ctx, "domstate", "--reason", s.vm.Name)
+		if err != nil {
+			return err
+		}
+		if strings.TrimSpace(state) != pausedByDisk {
+			continue
+		}
+		s.say("%s$ virsh resume %s, which is %s", before.primary.Name, s.vm.Name, pausedByDisk)
+		if _, err := before.primary.Virsh(ctx, "resume", s.vm.Name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// pausedByDisk is what libvirt says of a domain whose disk failed.
+const pausedByDisk = "paused (I/O error)"
+
+// settled demands that the domain is defined for good where it runs: one that
+// were not would be gone at its power-off.
+func (s *storm) settled(ctx context.Context) error {
+	pair, err := s.pair(ctx)
+	if err != nil {
+		return err
+	}
+	var last string
+	err = poll(ctx, settleLimit, func(ctx context.Context) (bool, error) {
+		out, err := pair.primary.Virsh(ctx, "dominfo", s.vm.Name)
+		if err == nil {
+			last = out
+		}
+		return persistent(last), nil
+	})
+	if err != nil {
+		return fmt.Errorf("%w: %s is not defined for good on %s, its primary's host: %w; libvirt says\n%s", ErrState, s.vm.Name, pair.primary.Name, err, last)
+	}
+	return nil
+}
+
+// persistent tells whether what dominfo says of a domain is that its definition
+// stays.
+func persistent(dominfo string) bool {
+	for line := range strings.Lines(dominfo) {
+		if key, value, _ := strings.Cut(line, ":"); key == "Persistent" {
+			return strings.TrimSpace(value) == "yes"
+		}
+	}
+	return false
 }
 
 // delayed tells whether a failover must wait for something else than itself.
 func delayed(s Step) bool {
-	return slices.ContainsFunc(s.Others, func(f Fault) bool { return f.Kind == BadStorage || f.Network == lab.Service })
+	return s.reboots() || slices.ContainsFunc(s.Others, func(f Fault) bool { return f.Kind == BadStorage || f.Network == lab.Service })
 }
 
 // check judges what can be judged at any time.
@@ -241,7 +381,8 @@ func (s *storm) settle(ctx context.Context) error {
 	}
 	acked, _ := s.ledger.Counts()
 	replies, _, _ := s.traffic.Counts()
-	s.say("the client got %d replies, the guest kept %d records; its disk and the replica pass fsck and have %d lines", replies, acked, n)
+	s.say("the client got %d replies, the guest kept %d records in %d lives; its disk and the replica pass fsck and have %d lines",
+		s.past.replies+replies, s.past.acked+acked, s.past.lives+1, n)
 	return nil
 }
 
@@ -433,10 +574,35 @@ func (s *storm) on(part Part, c couple) []*lab.Host {
 		return []*lab.Host{c.primary}
 	case Backup:
 		return []*lab.Host{c.backup}
+	case Guest:
+		return []*lab.Host{c.primary}
 	case Spare:
 		return slices.DeleteFunc(s.Hosts(), func(h *lab.Host) bool { return h.Name == c.primary.Name || h.Name == c.backup.Name })
 	}
 	return s.Hosts()
+}
+
+// errLate is wrapped by what a fault does not come for any more.
+var errLate = errors.New("the pair is not what it was")
+
+// lateFault is after how long the pair may be another one, by what else goes
+// wrong: then a second grave fault would be one too many.
+const lateFault = 3 * time.Second
+
+// await waits for a fault that comes late, as in a boot of the guest, and gives
+// up one that would come to what is no pair any more.
+func (s *storm) await(ctx context.Context, f *Fault, before couple) error {
+	if f.After < lateFault || !f.Grave() {
+		return nil
+	}
+	if err := Pause(ctx, f.After); err != nil {
+		return err
+	}
+	if now, ok := s.whole(s.ask(ctx)); !ok || now.epoch != before.epoch {
+		return fmt.Errorf("no %s: %w", *f, errLate)
+	}
+	f.After = 0
+	return nil
 }
 
 // inflict lets a fault happen and undoes it. It returns when it happened.
@@ -476,8 +642,12 @@ func (s *storm) inflict(ctx context.Context, f Fault, c couple) (at time.Time, e
 // than its caller, and what undoes it.
 func (s *storm) begin(ctx context.Context, f Fault, h *lab.Host) (at time.Time, heal func(context.Context) error, err error) {
 	switch f.Kind {
-	case KillQEMU:
-		at, err = h.Signal(ctx, lab.QEMUProcess(s.vm.Name), unix.SIGKILL)
+	case KillQEMU, EndQEMU:
+		signal := unix.SIGKILL
+		if f.Kind == EndQEMU {
+			signal = unix.SIGTERM
+		}
+		at, err = h.Signal(ctx, lab.QEMUProcess(s.vm.Name), signal)
 		if errors.Is(err, fs.ErrNotExist) {
 			err = nil // while a clone is being made there may be none
 		}
@@ -501,6 +671,15 @@ func (s *storm) begin(ctx context.Context, f Fault, h *lab.Host) (at time.Time, 
 		heal = h.Thaw
 	case Crash:
 		err, heal = h.Crash(ctx), h.Boot
+	case StopHost:
+		err, heal = h.PowerOff(ctx), h.Boot
+	case FullDisk:
+		heal, err = h.FillImages(ctx)
+		if err == nil {
+			s.grow(ctx)
+		}
+	case Reboot:
+		at, err = s.reboot(ctx)
 	case Unplug:
 		err = h.CutLink(ctx, f.Network)
 		heal = func(ctx context.Context) error { return h.RestoreLink(ctx, f.Network) }

@@ -25,7 +25,8 @@ const ledgerInterval = 50 * time.Millisecond
 
 // Ledger is a client that gives the guest records to keep, and knows which of
 // them the guest has acknowledged. What was acknowledged must be in the guest's
-// memory for ever after, on whichever host that is.
+// memory for ever after, on whichever host that is, until the guest itself
+// reboots.
 type Ledger struct {
 	dial    guest.DialFunc
 	addr    netip.AddrPort
@@ -39,6 +40,8 @@ type Ledger struct {
 	acked int
 	lost  int // acknowledged, and not there any more
 	err   error
+	// failed is when err came.
+	failed time.Time
 }
 
 // Ledger starts to give records to the guest, which has none yet.
@@ -96,7 +99,7 @@ func (l *Ledger) send(ctx context.Context) {
 		l.sums = append(l.sums, crc32.Update(l.sums[number], crc32.IEEETable, r))
 		l.mu.Unlock()
 		if _, err := l.conn.Write(r); err != nil {
-			l.fail(fmt.Errorf("%w: connection broke at record %d: %w", ErrLedger, number, err))
+			l.fail(fmt.Errorf("%w: connection %w at record %d: %w", ErrLedger, errBroke, number, err))
 			return
 		}
 		select {
@@ -111,7 +114,7 @@ func (l *Ledger) receive() {
 	for {
 		count, sum, err := readTotal(l.conn)
 		if err != nil {
-			l.fail(fmt.Errorf("%w: connection broke: %w", ErrLedger, err))
+			l.fail(fmt.Errorf("%w: connection %w: %w", ErrLedger, errBroke, err))
 			return
 		}
 		if err := l.take(count, sum); err != nil {
@@ -172,7 +175,7 @@ func (l *Ledger) fail(err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.err == nil {
-		l.err = err
+		l.err, l.failed = err, time.Now()
 	}
 }
 
@@ -189,6 +192,19 @@ func (l *Ledger) Err() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.err
+}
+
+// End ends it for a guest that has rebooted since the instant, and so broken the
+// connection and forgotten all records.
+func (l *Ledger) End(gone time.Time) error {
+	l.mu.Lock()
+	err := l.err
+	if errors.Is(err, errBroke) && !l.failed.Before(gone) {
+		err = nil
+	}
+	l.mu.Unlock()
+	l.Close()
+	return err
 }
 
 // Close ends the connection.

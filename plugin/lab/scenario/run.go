@@ -32,7 +32,8 @@ type Options struct {
 	DebianDir string
 	// HostCount is the number of hosts; 0 means two.
 	HostCount int
-	// SharedImages has all hosts keep their disks and replicas in one directory.
+	// SharedImages has all hosts keep their disks and replicas in one directory, in
+	// chaos all the time.
 	SharedImages bool
 	// Keep leaves the lab up at the end.
 	Keep bool
@@ -41,7 +42,8 @@ type Options struct {
 	Logs     bool
 	// Rounds is the number of rounds of a soak run.
 	Rounds int
-	// Only, if not nil, selects the cases of the faults by their names.
+	// Only, if not nil, selects the cases of the faults, and the steps of chaos, by
+	// the names of faults.
 	Only *regexp.Regexp
 	// Seed and Length are what chaos is made of and how long it lasts, and for how
 	// long the benchmark's guests work; 0 is as long as is usual.
@@ -79,7 +81,12 @@ func Run(ctx context.Context, name string, o Options, scenario func(context.Cont
 }
 
 func (r *run) run(ctx context.Context, name string, scenario func(context.Context, *run) (string, error)) error {
-	figures, err := r.inLab(ctx, name, scenario)
+	return r.report(name, func() (string, error) { return r.inLab(ctx, name, scenario) })
+}
+
+// report prints the RESULT line of what the scenario returns.
+func (r *run) report(name string, scenario func() (string, error)) error {
+	figures, err := scenario()
 	if err != nil {
 		r.say("FAILED: %v", err)
 		if figures != "" {

@@ -26,6 +26,9 @@ const recordSize = 16
 // ErrTraffic is wrapped by every fault of a connection.
 var ErrTraffic = errors.New("connection with the guest")
 
+// errBroke is wrapped when a connection ended by itself.
+var errBroke = errors.New("broke")
+
 // Traffic is one TCP connection to a guest's echo port. It sends a numbered
 // record every 20 ms and demands each back, once, in order and unaltered.
 type Traffic struct {
@@ -40,6 +43,7 @@ type Traffic struct {
 	lost       int
 	duplicated int
 	err        error
+	failed     time.Time     // when err came
 	changed    chan struct{} // closed and renewed at each reply and at the end
 }
 
@@ -80,7 +84,7 @@ func (t *Traffic) send(ctx context.Context) {
 		t.sent = append(t.sent, time.Now())
 		t.mu.Unlock()
 		if _, err := t.conn.Write(record(number)); err != nil {
-			t.fail(fmt.Errorf("%w broke at request %d: %w", ErrTraffic, number, err))
+			t.fail(fmt.Errorf("%w %w at request %d: %w", ErrTraffic, errBroke, number, err))
 			return
 		}
 		select {
@@ -95,7 +99,7 @@ func (t *Traffic) receive() {
 	buf := make([]byte, recordSize)
 	for {
 		if _, err := io.ReadFull(t.conn, buf); err != nil {
-			t.fail(fmt.Errorf("%w broke: %w", ErrTraffic, err))
+			t.fail(fmt.Errorf("%w %w: %w", ErrTraffic, errBroke, err))
 			return
 		}
 		if err := t.take(binary.BigEndian.Uint64(buf), binary.BigEndian.Uint64(buf[8:])); err != nil {
@@ -131,7 +135,7 @@ func (t *Traffic) fail(err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.err == nil {
-		t.err = err
+		t.err, t.failed = err, time.Now()
 	}
 	close(t.changed)
 	t.changed = make(chan struct{})
@@ -253,6 +257,20 @@ func (t *Traffic) Stop() error {
 	}
 	t.mu.Lock()
 	t.lost += len(t.sent) - len(t.received)
+	err := t.fault()
+	t.mu.Unlock()
+	t.Close()
+	return err
+}
+
+// End drops a connection whose other end is gone since the instant, as by a
+// reboot of the guest. That it broke then is as it should be; what came before
+// must be right all the same.
+func (t *Traffic) End(gone time.Time) error {
+	t.mu.Lock()
+	if errors.Is(t.err, errBroke) && !t.failed.Before(gone) {
+		t.err = nil
+	}
 	err := t.fault()
 	t.mu.Unlock()
 	t.Close()

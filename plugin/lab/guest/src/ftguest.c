@@ -90,6 +90,7 @@ static struct shared *shared;
 static pid_t lines_pid, load_pid, grow_pid;
 static int power_off;
 static uint64_t echo_bytes;
+static char boot_id[37]; // of this run of the kernel
 static uint64_t ledger_count;
 static uint32_t ledger_crc;
 static volatile sig_atomic_t stop_writer;
@@ -304,6 +305,15 @@ static void grow(unsigned kib)
 	exit(bad || fdatasync(fd) || close(fd));
 }
 
+static void read_boot_id(void)
+{
+	int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+
+	if (fd < 0 || read(fd, boot_id, sizeof boot_id - 1) != sizeof boot_id - 1)
+		die("boot_id");
+	close(fd);
+}
+
 static int running(pid_t *pid)
 {
 	if (*pid > 0 && waitpid(*pid, NULL, WNOHANG) == *pid)
@@ -367,11 +377,11 @@ static void command(int fd, const char *line)
 	int is_lines = !strcmp(word[0], "lines");
 
 	if (words == 1 && !strcmp(word[0], "status")) {
-		reply(fd, "ok uptime_ms=%llu lines=%llu lines_running=%d line_errors=%llu load_ops=%llu load_running=%d load_errors=%llu echo_bytes=%llu\n",
+		reply(fd, "ok uptime_ms=%llu lines=%llu lines_running=%d line_errors=%llu load_ops=%llu load_running=%d load_errors=%llu echo_bytes=%llu boot=%s\n",
 		      (unsigned long long)now_ms(), (unsigned long long)shared->lines, running(&lines_pid),
 		      (unsigned long long)shared->line_errors, (unsigned long long)shared->load_ops,
 		      running(&load_pid), (unsigned long long)shared->load_errors,
-		      (unsigned long long)echo_bytes);
+		      (unsigned long long)echo_bytes, boot_id);
 	} else if (words == 3 && (is_lines || !strcmp(word[0], "load")) && !strcmp(word[1], "start")) {
 		unsigned rate = parse_number(word[2], MAX_RATE);
 		if (!rate) {
@@ -608,6 +618,7 @@ int main(int argc, char **argv)
 	add(STDIN_FILENO, CONSOLE);
 	watch_power_button();
 
+	read_boot_id();
 	recall_lines();
 	unsigned rate = argc > 1 ? parse_number(argv[1], MAX_RATE) : 0;
 	if (rate)
