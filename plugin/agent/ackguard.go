@@ -5,6 +5,8 @@ package agent
 import (
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"ftvirt.org/ftvirt/plugin"
 )
 
@@ -17,8 +19,7 @@ import (
 // sent after the silence, or if nothing has ended the pair for a while more:
 // log may be missing because the primary waits for room in it.
 type ackGuard struct {
-	// silence is how long no ack may come without doubt. It is less than the
-	// backup waits before it takes this side for dead.
+	// silence is how long no ack may come without doubt, see config.AckSilence.
 	silence time.Duration
 
 	last   time.Time
@@ -42,3 +43,13 @@ func (g *ackGuard) admit(ack, head plugin.Position, now time.Time) (ok bool, wai
 // renew begins afresh: the peer has just shown, by an answer, that it is the
 // backup.
 func (g *ackGuard) renew() { *g = ackGuard{silence: g.silence} }
+
+// bootTime is the time since the host was booted, that in which it was suspended
+// included: Go's own clock stands still then, and the peer's does not.
+func bootTime() time.Time {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
+		return time.Now() // every Linux since 2.6.39 has that clock
+	}
+	return time.Unix(t.Unix())
+}

@@ -31,6 +31,7 @@ type backup struct {
 	cancel   context.CancelFunc
 	stopping sync.Once
 	receiver *migrate.Receiver
+	holding  sync.WaitGroup // a diagnosis that still has to take hold of the spool
 
 	attaching sync.Mutex // held while a plugin is taken
 	opening   sync.Mutex // held while a session is made, before welcoming
@@ -44,7 +45,9 @@ type backup struct {
 	feeding chan struct{}   // closed when the newest feeder has ended, nil before the first
 	vm      *vm
 	beats   beats
-	leaving bool // the arbiter is asked: nothing is acknowledged any more
+	ackedAt time.Time // when something was acknowledged last
+	dead    bool      // the primary's host told that its QEMU is dead
+	leaving bool      // the arbiter is asked: nothing is acknowledged any more
 	promote bool
 	rate    meter
 	fed     chan struct{} // closed and renewed when the plugin consumed
@@ -293,6 +296,7 @@ func (b *backup) discard(ctx context.Context) error {
 		}
 	}
 	err := b.receiver.Discard(ctx)
+	b.holding.Wait()
 	return errors.Join(err, os.RemoveAll(b.spoolDir()), b.d.dropDefinition(b.epoch))
 }
 
@@ -612,6 +616,7 @@ func (b *backup) append(conn *channel.Conn, number uint64, m channel.Message) er
 	if b.leaving || b.newest != number {
 		return nil
 	}
+	b.ackedAt = time.Now()
 	return conn.SendAck(acked)
 }
 
@@ -658,6 +663,11 @@ func (b *backup) control(c entry) {
 	if !ok {
 		return
 	}
+	if ev.Kind == pair.EventPeerQEMUDied {
+		b.mu.Lock()
+		b.dead = true
+		b.mu.Unlock()
+	}
 	if ev.Kind != pair.EventPeerPoweredOff {
 		b.d.post(ev)
 		return
@@ -693,13 +703,31 @@ func (b *backup) goLive() {
 	b.promote = true
 	conn := b.conn
 	b.conn = nil
+	store, wait := b.stored, b.fence()
 	b.mu.Unlock()
-	if store := b.log(); store != nil {
-		store.Seal()
+	if store != nil {
+		b.d.a.wg.Go(func() {
+			t := time.NewTimer(wait)
+			defer t.Stop()
+			select {
+			case <-t.C:
+				store.Seal()
+			case <-b.ctx.Done():
+			}
+		})
 	}
 	if conn != nil {
 		b.d.a.wg.Go(func() { _ = conn.Close() })
 	}
+}
+
+// fence is for how long the primary may still let packets go for the last ack, so
+// that this side must not be live. b.mu is held.
+func (b *backup) fence() time.Duration {
+	if b.dead {
+		return 0
+	}
+	return max(0, b.d.a.cfg.Heartbeat.Timeout-time.Since(b.ackedAt))
 }
 
 // session gives the connection to the primary's agent, nil while it is broken.

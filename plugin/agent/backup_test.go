@@ -4,6 +4,8 @@ package agent
 
 import (
 	"context"
+	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"testing"
@@ -72,5 +74,37 @@ func TestLeavingBackupAcknowledgesNothing(t *testing.T) {
 	}
 	if m := got(); m.Type != channel.FrameControl {
 		t.Errorf("got %+v after the arbiter was asked", m)
+	}
+}
+
+// The primary may still let packets go for the last ack: only when that is over does
+// this side go live, unless its QEMU is known to be dead.
+func TestGoLiveWaitsForTheLastAck(t *testing.T) {
+	t.Parallel()
+	s := newSessions(t)
+	const timeout = 300 * time.Millisecond
+	s.d.a.cfg.Heartbeat.Timeout = timeout
+	c, pos := s.dial()
+	began := time.Now()
+	if err := c.SendLog(s.ctx, pos, []byte{1}); err != nil {
+		t.Fatal(err)
+	}
+	if m, err := c.Receive(s.ctx); err != nil || m.Type != channel.FrameAck {
+		t.Fatalf("got %+v, %v; want an ack", m, err)
+	}
+	r, err := s.b.stored.Rewind(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.b.goLive()
+	for err == nil {
+		_, _, err = r.Next(s.ctx, 100)
+	}
+	if waited := time.Since(began); !errors.Is(err, io.EOF) || waited < timeout {
+		t.Errorf("the log ended after %v: %v", waited, err)
+	}
+	s.b.control(entry{Kind: pair.NotifyQEMUDied.String(), Epoch: 1})
+	if wait := s.b.fence(); wait != 0 {
+		t.Errorf("with a dead primary it waits %v", wait)
 	}
 }

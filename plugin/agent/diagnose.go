@@ -40,7 +40,8 @@ func (d *domain) diagnosesDir() string { return filepath.Join(d.a.cfg.Agent.Stat
 
 // diagnose keeps what is known of a backup that is about to be discarded: what
 // its plugin said, and the log from before the place where it stopped. That log
-// holds what the guest received, so only root can read it.
+// holds what the guest received, so only root can read it. The machine does not wait
+// for that: the peer is to be told first.
 func (d *domain) diagnose(epoch plugin.Epoch, v *vm, b *backup) {
 	report := map[string]any{"domain": d.id, "epoch": epoch, "host": d.a.cfg.Host, "time": time.Now()}
 	if v != nil {
@@ -57,20 +58,118 @@ func (d *domain) diagnose(epoch plugin.Epoch, v *vm, b *backup) {
 		report["verified"] = b.verdict
 		b.mu.Unlock()
 	}
+	if b != nil {
+		b.holding.Add(1)
+	}
+	// Nobody waits for it, the end of the agent neither: the disk may hang.
+	go func() {
+		if err := d.keepDiagnosis(epoch, report, b); err != nil {
+			d.a.log.Error("cannot keep the diagnosis", "domain", d.label(), "error", err)
+			return
+		}
+		d.a.log.Warn("diagnosis kept; 'ftvirt diagnose' puts it into an archive", "domain", d.label(), "directory", d.diagnosisDir(epoch))
+	}()
+}
+
+var errDiagnosing = errors.New("the one of before is still being written")
+
+// keepTimeout bounds the copy of a log, of which there is no more than
+// channel.receive_buffer.
+const keepTimeout = time.Minute
+
+func (d *domain) keepDiagnosis(epoch plugin.Epoch, report map[string]any, b *backup) error {
+	ctx, cancel := context.WithTimeout(d.a.ctx, keepTimeout)
+	defer cancel()
+	held := ""
+	if !d.diagnosing.TryLock() {
+		if b != nil {
+			b.holding.Done()
+		}
+		return errDiagnosing
+	}
+	defer d.diagnosing.Unlock()
+	if b != nil {
+		held = filepath.Join(d.a.cfg.Agent.RunDir, "diagnosis-"+d.id.String())
+		err := linkAll(held, b.spoolDir())
+		b.holding.Done()
+		defer func() { _ = os.RemoveAll(held) }()
+		if err != nil {
+			return err
+		}
+	}
 	dir := d.diagnosisDir(epoch)
 	err := os.MkdirAll(dir, 0o700)
 	if err == nil {
 		err = writeJSON(filepath.Join(dir, "report.json"), report)
 	}
 	if err == nil && b != nil {
-		err = os.CopyFS(filepath.Join(dir, "log"), os.DirFS(b.spoolDir()))
-	}
-	if err != nil {
-		d.a.log.Error("cannot keep the diagnosis", "domain", d.label(), "error", err)
-	} else {
-		d.a.log.Warn("diagnosis kept; 'ftvirt diagnose' puts it into an archive", "domain", d.label(), "directory", dir)
+		err = copyAll(ctx, filepath.Join(dir, "log"), held)
 	}
 	d.forgetDiagnoses()
+	return err
+}
+
+// linkAll gives the files of a directory a second name each, in a new one, so that
+// they outlive the first.
+func linkAll(to, from string) error {
+	files, err := os.ReadDir(from)
+	if err != nil {
+		return err
+	}
+	// What an agent that died was about to copy goes.
+	if err := errors.Join(os.RemoveAll(to), os.Mkdir(to, 0o700)); err != nil {
+		return err
+	}
+	for _, f := range files {
+		// One may have been consumed meanwhile.
+		if err := os.Link(filepath.Join(from, f.Name()), filepath.Join(to, f.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+func copyAll(ctx context.Context, to, from string) error {
+	files, err := os.ReadDir(from)
+	if err == nil {
+		err = os.MkdirAll(to, 0o700)
+	}
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		if err := copyFile(ctx, filepath.Join(to, f.Name()), filepath.Join(from, f.Name())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func copyFile(ctx context.Context, to, from string) error {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = in.Close() }()
+	out, err := os.OpenFile(to, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, whileReader{ctx, in})
+	return errors.Join(err, out.Close())
+}
+
+// whileReader ends with a context.
+type whileReader struct {
+	context.Context
+	io.Reader
+}
+
+func (r whileReader) Read(b []byte) (int, error) {
+	if err := r.Err(); err != nil {
+		return 0, err
+	}
+	return r.Reader.Read(b)
 }
 
 // forgetDiagnoses removes all but the newest.

@@ -64,12 +64,13 @@ type domain struct {
 	waiters  []waiter // for what users asked for
 	probeErr error    // why the arbiter would not answer them
 
-	verifying sync.Mutex    // held while both sides are compared
-	enabling  sync.Mutex    // held while a clone is being begun
-	kicked    chan struct{} // wakes keep
-	redefined chan struct{} // wakes tellDefinition
-	keeping   sync.Mutex    // held while what is kept of the definition is replaced
-	defining  sync.Mutex    // held while libvirt's definition is
+	diagnosing sync.Mutex    // held while a diagnosis is written
+	verifying  sync.Mutex    // held while both sides are compared
+	enabling   sync.Mutex    // held while a clone is being begun
+	kicked     chan struct{} // wakes keep
+	redefined  chan struct{} // wakes tellDefinition
+	keeping    sync.Mutex    // held while what is kept of the definition is replaced
+	defining   sync.Mutex    // held while libvirt's definition is
 }
 
 func newDomain(a *Agent, id plugin.UUID) *domain {

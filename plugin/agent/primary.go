@@ -364,7 +364,7 @@ func (p *primary) receive(conn *channel.Conn, number uint64) {
 // whatever heartbeats say: outputs wait for that. A backup that has no room for
 // more says so.
 func (p *primary) watchStall(conn *channel.Conn) {
-	limit := p.d.a.cfg.Channel.AckTimeout
+	limit := max(p.d.a.cfg.Channel.AckTimeout, p.d.a.cfg.Heartbeat.Timeout)
 	t := time.NewTicker(limit / stallTicks)
 	defer t.Stop()
 	var s stall
@@ -442,7 +442,7 @@ func (p *primary) ack(conn *channel.Conn, pos plugin.Position) {
 	p.mu.Lock()
 	now := time.Now()
 	p.timer.ack(pos, now, p.d.acks)
-	ok, wait := p.guard.admit(pos, p.expect, now)
+	ok, wait := p.guard.admit(pos, p.expect, bootTime())
 	again := p.held == 0
 	p.held = 0
 	if !ok {
@@ -461,7 +461,7 @@ func (p *primary) ack(conn *channel.Conn, pos plugin.Position) {
 // ackLate passes on an ack that nothing fresher has replaced.
 func (p *primary) ackLate(conn *channel.Conn) {
 	p.mu.Lock()
-	pos, rest := p.held, time.Until(p.guard.until)
+	pos, rest := p.held, p.guard.until.Sub(bootTime())
 	if rest <= 0 {
 		p.held = 0
 	}
@@ -495,7 +495,7 @@ func (p *primary) tellAcked(conn *channel.Conn, pos plugin.Position) {
 
 // ackGuard gives one for an epoch of the domain.
 func (d *domain) ackGuard() ackGuard {
-	return ackGuard{silence: max(d.a.cfg.Heartbeat.Timeout/2, 2*d.a.cfg.Replay.TickInterval)}
+	return ackGuard{silence: d.a.cfg.AckSilence()}
 }
 
 func (p *primary) control(c entry) {

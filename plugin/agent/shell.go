@@ -99,6 +99,7 @@ func (d *domain) endData(p *primary, b *backup) {
 		}
 		if b != nil {
 			b.stop()
+			b.holding.Wait()
 			if err := os.RemoveAll(b.spoolDir()); err != nil {
 				d.a.log.Warn("the log of a pair that is over stays", "domain", d.label(), "error", err)
 			}

@@ -90,7 +90,8 @@ type Channel struct {
 	// before it counts as the loss of the other side.
 	ReconnectGrace time.Duration `toml:"reconnect_grace"`
 	// AckTimeout is how long log may wait for an ack before the connection
-	// counts as broken, whatever heartbeats say.
+	// counts as broken, whatever heartbeats say. A longer heartbeat.timeout
+	// counts instead.
 	AckTimeout time.Duration `toml:"ack_timeout"`
 }
 
@@ -111,6 +112,25 @@ type Service struct {
 	// ask the arbiter first; 0 is not at all.
 	Yield time.Duration `toml:"yield"`
 }
+
+// Between the moment at which a backup acknowledges and that at which a packet
+// leaves for it, a primary may stand still three times: its agent, the plugin
+// before it reads the ack, and the plugin before it sends. What takes longer each
+// time lets nothing leave. The limits, and SendGap for what lies between the last
+// look at the clock and the packet, add up to heartbeat.timeout, before which no
+// backup goes live that has acknowledged something.
+const (
+	// PluginSilence is the limit for the plugin, each time: FT_SILENCE_NS.
+	PluginSilence = 100 * time.Millisecond
+	// SendGap is from the last look at the clock to the packet's way.
+	SendGap = 50 * time.Millisecond
+
+	releaseLimits = 2*PluginSilence + SendGap
+)
+
+// AckSilence is how long a primary's agent may have heard no ack and believe the
+// next one all the same.
+func (c Config) AckSilence() time.Duration { return c.Heartbeat.Timeout - releaseLimits }
 
 // The kinds of arbiter.
 const (

@@ -229,6 +229,7 @@ func TestValidate(t *testing.T) {
 		"channel.send_buffer":       func(c *Config) { c.Channel.SendBuffer = 10 },
 		"channel.receive_buffer":    func(c *Config) { c.Channel.ReceiveBuffer = c.Channel.SendBuffer - 1 },
 		"channel.reconnect_grace":   func(c *Config) { c.Channel.ReconnectGrace = c.Heartbeat.Timeout },
+		"channel.ack_timeout":       func(c *Config) { c.Channel.AckTimeout = time.Minute },
 		"channel.ca_cert":           func(c *Config) { c.Channel.CACert = "ca.pem" },
 		"channel.crl":               func(c *Config) { c.Channel.CRL = "" },
 		"channel.server_cert":       func(c *Config) { c.Channel.ServerCert = "" },
@@ -391,6 +392,40 @@ func TestSizeText(t *testing.T) {
 		var s Size
 		if err := s.UnmarshalText([]byte(text)); err == nil {
 			t.Errorf("%q: accepted as %d", text, s)
+		}
+	}
+}
+
+// What a primary that stands still may still let go is over before its backup may
+// be live.
+func TestReleaseLimits(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("../qemu/ftvirt.h")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := fmt.Sprintf("#define FT_SILENCE_NS %d\n", PluginSilence.Nanoseconds()); !strings.Contains(string(text), want) {
+		t.Errorf("plugin/qemu/ftvirt.h does not have %q", want)
+	}
+	c := Default()
+	c.Arbiter.Path = "/arbiter"
+	if sum := c.AckSilence() + 2*PluginSilence + SendGap; sum != c.Heartbeat.Timeout {
+		t.Errorf("the limits are %v, heartbeat.timeout is %v", sum, c.Heartbeat.Timeout)
+	}
+	for _, tc := range []struct {
+		timeout, interval, tick, grace time.Duration
+		field                          string
+	}{
+		{350 * time.Millisecond, 50 * time.Millisecond, 50 * time.Millisecond, 200 * time.Millisecond, ""},
+		{349 * time.Millisecond, 50 * time.Millisecond, 50 * time.Millisecond, 200 * time.Millisecond, "heartbeat.timeout"},
+		{150 * time.Millisecond, 30 * time.Millisecond, 10 * time.Millisecond, 100 * time.Millisecond, "heartbeat.timeout"},
+		{500 * time.Millisecond, 50 * time.Millisecond, 126 * time.Millisecond, 200 * time.Millisecond, "heartbeat.timeout"},
+		{500 * time.Millisecond, 50 * time.Millisecond, 50 * time.Millisecond, 199 * time.Millisecond, "channel.reconnect_grace"},
+	} {
+		c.Heartbeat.Timeout, c.Heartbeat.Interval, c.Replay.TickInterval, c.Channel.ReconnectGrace = tc.timeout, tc.interval, tc.tick, tc.grace
+		err := c.Validate()
+		if (err == nil) != (tc.field == "") || err != nil && !strings.Contains(err.Error(), tc.field+": ") {
+			t.Errorf("%+v: %v", tc, err)
 		}
 	}
 }

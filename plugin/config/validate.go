@@ -42,6 +42,8 @@ const (
 	minBuffer = 1 * MiB
 	// maxYield bounds how long a domain is held for a host that may be dead.
 	maxYield = 3 * time.Second
+	// minAckTimeout lets TCP send a segment again more than once.
+	minAckTimeout = time.Second
 	// maxAckTimeout is longer than any client should wait for a guest.
 	maxAckTimeout = 10 * time.Second
 	// maxShift is QEMU's own limit for icount.
@@ -106,8 +108,11 @@ func (c Config) Validate() error {
 	v.check(c.Channel.ReconnectGrace < c.Heartbeat.Timeout, "channel.reconnect_grace",
 		fmt.Sprintf("%s is not less than heartbeat.timeout (%s)", c.Channel.ReconnectGrace, c.Heartbeat.Timeout),
 		"a broken connection must be judged before a silent host is: lower it")
-	v.check(c.Channel.AckTimeout >= c.Heartbeat.Timeout && c.Channel.AckTimeout <= maxAckTimeout, "channel.ack_timeout",
-		fmt.Sprintf("%s is not between heartbeat.timeout (%s) and %s", c.Channel.AckTimeout, c.Heartbeat.Timeout, maxAckTimeout),
+	v.check(c.Channel.ReconnectGrace >= 2*PluginSilence, "channel.reconnect_grace",
+		fmt.Sprintf("%s is less than %s, for which a primary's QEMU may still let packets go", c.Channel.ReconnectGrace, 2*PluginSilence),
+		"raise it")
+	v.check(c.Channel.AckTimeout >= minAckTimeout && c.Channel.AckTimeout <= maxAckTimeout, "channel.ack_timeout",
+		fmt.Sprintf("%s is not between %s and %s", c.Channel.AckTimeout, minAckTimeout, maxAckTimeout),
 		"a segment that TCP sends again must not end the pair, and a guest whose outputs wait must not hang for long: use two or three seconds")
 
 	v.listen("heartbeat.listen", c.Heartbeat.Listen)
@@ -115,6 +120,10 @@ func (c Config) Validate() error {
 	v.check(c.Heartbeat.Timeout >= 4*c.Heartbeat.Interval, "heartbeat.timeout",
 		fmt.Sprintf("%s is less than four times heartbeat.interval (%s)", c.Heartbeat.Timeout, c.Heartbeat.Interval),
 		"a few lost datagrams would start a failover: raise it, or lower the interval")
+	v.check(c.AckSilence() >= 2*c.Replay.TickInterval, "heartbeat.timeout",
+		fmt.Sprintf("%s is less than %s: a primary that stood still must stop its packets before the backup may be live, and two times "+
+			"replay.tick_interval without an ack are nothing unusual", c.Heartbeat.Timeout, releaseLimits+2*c.Replay.TickInterval),
+		"raise it, or lower replay.tick_interval")
 
 	for _, name := range c.Service.Links {
 		v.check(interfaceName.MatchString(name), "service.links", fmt.Sprintf("%q is not the name of a network interface", name),

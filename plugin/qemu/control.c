@@ -360,7 +360,7 @@ static const char *take_ack(const uint8_t *p, size_t len)
     if (pos > ft.sent) {
         return "ACK of what was not sent";
     }
-    now = ft_now_ns();
+    now = ft_boot_ns();
     if (now - io.looked_ns > FT_SILENCE_NS) {
         ft.doubt = ft.ring.head;
     }
@@ -396,7 +396,7 @@ static const char *take_welcome(const uint8_t *p, size_t len)
             return "WELCOME resumes where there is no log";
         }
         ft.acked = ft.open_to = ft.ring.tail = ft.sent = resume;
-        ft.open_ns = ft_now_ns();
+        ft.open_ns = ft_boot_ns();
         pthread_cond_broadcast(&ft.space);
         pthread_cond_broadcast(&ft.gate);
     }
@@ -605,7 +605,7 @@ static int housekeeping(void)
     int wait = 200;
 
     pthread_mutex_lock(&ft.lock);
-    io.looked_ns = now;
+    io.looked_ns = ft_boot_ns();
     running = ft.running;
     if (ft.mode == FT_RECORD) {
         if (ft.connected) {

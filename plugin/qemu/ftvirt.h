@@ -40,9 +40,9 @@ enum ft_mode {
 /* What a process that was stopped, or its host, finds when it goes on may be of
  * before a backup went live. So an ack that is read so long after we looked last
  * lets no output leave that is not newer, and an output whose turn came so long
- * ago is lost, as on a network. Less than a primary may be silent (ftvirt.toml,
- * heartbeat.timeout). */
-#define FT_SILENCE_NS 200000000
+ * ago is lost, as on a network. config.PluginSilence is the same, and what it is
+ * added up with. By the clock that goes on while the host is suspended. */
+#define FT_SILENCE_NS 100000000
 
 /* Classes of delay that packets are counted in; PROTOCOL.md has the bounds. */
 #define FT_GATE_DELAYS 12
@@ -152,6 +152,7 @@ struct ft_state {
 extern struct ft_state ft;
 
 int64_t ft_now_ns(void);
+int64_t ft_boot_ns(void); /* with the time in which the host was suspended */
 void ft_report(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 
 /* check.c: symbols and layouts; false with *why set if QEMU is not fit. */

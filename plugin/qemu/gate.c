@@ -209,7 +209,7 @@ static void *gate_thread(void *unused)
             next = p->next;
             pthread_mutex_lock(&ft.lock);
             late = ft.mode == FT_RECORD &&
-                   ft_now_ns() - ft.open_ns > FT_SILENCE_NS;
+                   ft_boot_ns() - ft.open_ns > FT_SILENCE_NS;
             ft.gate_dropped += late;
             pthread_mutex_unlock(&ft.lock);
             if (!late) {

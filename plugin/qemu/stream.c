@@ -50,6 +50,14 @@ int64_t ft_now_ns(void)
     return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
 }
 
+int64_t ft_boot_ns(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_BOOTTIME, &t);
+    return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
+}
+
 bool ft_stream_init(size_t ring_size)
 {
     ft.ring.size = ring_size;
