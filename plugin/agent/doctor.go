@@ -10,6 +10,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"ftvirt.org/ftvirt/arbiter"
 	"ftvirt.org/ftvirt/plugin"
 	"ftvirt.org/ftvirt/plugin/channel"
@@ -25,7 +27,19 @@ const (
 	methodClock = "doctor.clock"
 	// methodPoke asks for datagrams that are no heartbeats.
 	methodPoke = "doctor.poke"
+	// methodBulk carries a long message there, or back.
+	methodBulk = "doctor.bulk"
 )
+
+type pokeRequest struct {
+	// Large asks for datagrams as large as the interface takes.
+	Large bool `json:"large,omitempty"`
+}
+
+type bulk struct {
+	Filling string `json:"filling,omitempty"`
+	Back    bool   `json:"back,omitempty"`
+}
 
 type clockReply struct {
 	Now     time.Time `json:"now"`
@@ -39,6 +53,8 @@ const (
 	clockTries = 7
 	// pokeTimeout is how long a datagram may take, and pokes how many are sent.
 	pokeTimeout = time.Second
+	// bulkTimeout is how long the channel may take for a long message.
+	bulkTimeout = 3 * time.Second
 	pokes       = 3
 )
 
@@ -126,32 +142,92 @@ func (a *Agent) doctorHandlers(from string) channel.Handlers {
 		methodClock: handler(func(context.Context, struct{}) (any, error) {
 			return clockReply{Now: time.Now(), Garbage: a.detect.Stats().Garbage}, nil
 		}),
-		methodPoke: handler(func(ctx context.Context, _ struct{}) (any, error) { return struct{}{}, a.poke(ctx, from) }),
+		methodPoke: handler(func(ctx context.Context, r pokeRequest) (any, error) {
+			_, err := a.poke(ctx, from, r.Large)
+			return struct{}{}, err
+		}),
+		methodBulk: handler(func(_ context.Context, r bulk) (any, error) {
+			if r.Back {
+				return bulk{Filling: filling()}, nil
+			}
+			return bulk{}, nil
+		}),
 	}
 }
 
 // poke sends datagrams to a peer's heartbeat address that it counts, and takes
-// for nothing.
-func (a *Agent) poke(ctx context.Context, peer string) error {
+// for nothing; large, as large as the interface takes, and not to be cut. It tells
+// the size of their packets.
+func (a *Agent) poke(ctx context.Context, peer string, large bool) (int, error) {
 	conf, err := a.cfg.Peer(peer)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	addr, err := resolve(ctx, conf.Heartbeat)
 	if err != nil {
-		return fmt.Errorf("heartbeat address of %s: %w", peer, err)
+		return 0, fmt.Errorf("heartbeat address of %s: %w", peer, err)
 	}
-	conn, err := new(net.Dialer).DialContext(ctx, "udp", addr.String())
+	conn, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(addr))
 	if err != nil {
-		return fmt.Errorf("heartbeat address of %s: %w", peer, err)
+		return 0, fmt.Errorf("heartbeat address of %s: %w", peer, err)
 	}
 	defer func() { _ = conn.Close() }()
+	text, size := []byte("doctor"), 0
+	if large {
+		var headers int
+		if size, headers, err = whole(conn, addr.Addr().Is4()); err != nil {
+			return 0, fmt.Errorf("MTU on the way to %s: %w", peer, err)
+		}
+		text = make([]byte, size-headers)
+	}
 	for range pokes {
 		// A port that nobody listens on answers the second with an error; that
 		// nothing came through tells it as well.
-		_, _ = conn.Write([]byte("doctor"))
+		_, _ = conn.Write(text)
 	}
-	return nil
+	return size, nil
+}
+
+// whole makes a socket send what nobody on the way may cut, whatever is believed of
+// the path, and gives the most that the interface takes, and how much of that are
+// headers.
+func whole(conn *net.UDPConn, v4 bool) (size, headers int, err error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return 0, 0, err
+	}
+	level, discover, probe, mtu := unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_PROBE, unix.IPV6_MTU
+	headers = 40 + 8
+	if v4 {
+		level, discover, probe, mtu = unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE, unix.IP_MTU
+		headers = 20 + 8
+	}
+	var failed error
+	err = raw.Control(func(fd uintptr) {
+		if failed = unix.SetsockoptInt(int(fd), level, discover, probe); failed == nil {
+			size, failed = unix.GetsockoptInt(int(fd), level, mtu)
+		}
+	})
+	// The loopback's is more than a datagram holds.
+	return min(size, 1<<16-1), headers, errors.Join(err, failed)
+}
+
+// carries tells whether the channel carries a long message, over a connection of
+// its own: one that does not is of no use afterwards.
+func (a *Agent) carries(ctx context.Context, peer string, m bulk) (bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, bulkTimeout)
+	defer cancel()
+	conn, _, err := a.dial(ctx, peer, plugin.UUID{}, 0, "")
+	if err != nil {
+		return false, err
+	}
+	defer func() { _ = conn.Close() }()
+	go func() { _, _ = conn.Receive(ctx) }()
+	err = conn.Call(ctx, methodBulk, m, nil)
+	if errors.Is(err, context.DeadlineExceeded) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // measureLink measures what is between this host and its peer.
@@ -173,19 +249,63 @@ func (a *Agent) measureLink(ctx context.Context, conn *channel.Conn, peer string
 		}
 		garbage = r.Garbage
 	}
-	if err := a.poke(ctx, peer); err != nil {
-		return m, err
+	// Small datagrams, then large ones.
+	for _, large := range []bool{false, true} {
+		size, err := a.poke(ctx, peer, large)
+		if err != nil {
+			return m, err
+		}
+		there, err := within(ctx, func() (bool, error) { r, err := ask(); return r.Garbage > garbage, err })
+		if err != nil {
+			return m, err
+		}
+		ours := a.detect.Stats().Garbage
+		if err := conn.Call(ctx, methodPoke, pokeRequest{Large: large}, nil); err != nil {
+			return m, err
+		}
+		back, err := within(ctx, func() (bool, error) { return a.detect.Stats().Garbage > ours, nil })
+		if err != nil {
+			return m, err
+		}
+		if large {
+			m.Largest, m.LargeThere, m.LargeBack = size, there, back
+			continue
+		}
+		m.There, m.Back = there, back
+		// All of the small ones are to be counted before a large one is looked for.
+		if garbage, err = a.counted(ctx, ask); err != nil {
+			return m, err
+		}
 	}
 	var err error
-	if m.There, err = within(ctx, func() (bool, error) { r, err := ask(); return r.Garbage > garbage, err }); err != nil {
+	if m.BulkThere, err = a.carries(ctx, peer, bulk{Filling: filling()}); err != nil {
 		return m, err
 	}
-	garbage = a.detect.Stats().Garbage
-	if err := conn.Call(ctx, methodPoke, struct{}{}, nil); err != nil {
-		return m, err
-	}
-	m.Back, err = within(ctx, func() (bool, error) { return a.detect.Stats().Garbage > garbage, nil })
+	m.BulkBack, err = a.carries(ctx, peer, bulk{Back: true})
 	return m, err
+}
+
+// counted waits until no datagram of before comes any more, to either side, and
+// gives how many came to the peer.
+func (a *Agent) counted(ctx context.Context, ask func() (clockReply, error)) (uint64, error) {
+	t := time.NewTicker(20 * time.Millisecond)
+	defer t.Stop()
+	var theirs, ours uint64
+	for still := 0; still < 5; still++ {
+		r, err := ask()
+		if err != nil {
+			return 0, err
+		}
+		if now := a.detect.Stats().Garbage; r.Garbage != theirs || now != ours {
+			theirs, ours, still = r.Garbage, now, 0
+		}
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return 0, ctx.Err()
+		}
+	}
+	return theirs, nil
 }
 
 // within asks until the answer is yes or a datagram would have come.

@@ -6,7 +6,10 @@
 package doctor
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"time"
 
@@ -120,8 +123,15 @@ type Link struct {
 	RTT, Offset time.Duration
 	// Timeout is heartbeat.timeout.
 	Timeout time.Duration
-	// There and Back tell whether a datagram came through.
-	There, Back bool
+	// There and Back tell whether a datagram came through, LargeThere and
+	// LargeBack whether one of Largest bytes did, the most that the interface
+	// takes; 0 if that is not known.
+	There, Back           bool
+	Largest               int
+	LargeThere, LargeBack bool
+	// BulkThere and BulkBack tell whether the channel carried a message of many
+	// packets.
+	BulkThere, BulkBack bool
 }
 
 // Limits of what is well. Each reply of a protected guest waits for one round
@@ -160,7 +170,32 @@ func (m Link) Judge() []Finding {
 		l.add("heartbeat-path", Problem, fmt.Sprintf("datagrams from %s do not reach %s", m.To, m.From),
 			fmt.Sprintf("let UDP to heartbeat.listen of %s through the firewalls; see peers.%s.heartbeat on %s", m.From, m.From, m.To))
 	}
+	m.judgeSize(l)
 	return l.all
+}
+
+// judgeSize says whether large packets pass where small ones do.
+func (m Link) judgeSize(l *list) {
+	var lost []string
+	note := func(passes bool, what, from, to string) {
+		if !passes {
+			lost = append(lost, fmt.Sprintf("%s from %s does not reach %s", what, from, to))
+		}
+	}
+	note(m.BulkThere, "a long message over the channel", m.From, m.To)
+	note(m.BulkBack, "a long message over the channel", m.To, m.From)
+	if m.Largest > 0 {
+		what := fmt.Sprintf("a packet of %d bytes that may not be cut", m.Largest)
+		note(m.LargeThere || !m.There, what, m.From, m.To)
+		note(m.LargeBack || !m.Back, what, m.To, m.From)
+	}
+	if len(lost) == 0 {
+		l.ok("path-mtu", "large packets pass both ways")
+		return
+	}
+	l.add("path-mtu", Problem, strings.Join(lost, ", ")+", though small ones do",
+		"the MTU of the path is likely smaller than that of the hosts' interfaces: set both interfaces of channel.listen and all switches "+
+			"between them to the same MTU, and let ICMP 'fragmentation needed' through the firewalls")
 }
 
 func rounded(d time.Duration) time.Duration {
@@ -190,6 +225,9 @@ func Storage(host, where string, took time.Duration, err error, timeout time.Dur
 // Unreachable is the finding about a peer that could not be asked.
 func Unreachable(host, peer string, err error) Finding {
 	remedy := fmt.Sprintf("see that 'ftvirt agent' runs on %s, that TCP to peers.%s.channel passes the firewalls, and that the two hosts name each other in [peers]", peer, peer)
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, os.ErrDeadlineExceeded) {
+		remedy += "; if a connection can be made, as by 'nc', large packets are likely lost: set the same MTU on both hosts and all switches between them"
+	}
 	return Finding{Host: host + " and " + peer, Check: "channel", Level: Problem, Text: strings.ReplaceAll(err.Error(), "\n", " "), Remedy: remedy}
 }
 

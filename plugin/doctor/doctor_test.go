@@ -167,7 +167,8 @@ func TestCompare(t *testing.T) {
 
 func TestJudge(t *testing.T) {
 	t.Parallel()
-	well := Link{From: "hosta", To: "hostb", RTT: 300 * time.Microsecond, Offset: -time.Millisecond, Timeout: 500 * time.Millisecond, There: true, Back: true}
+	well := Link{From: "hosta", To: "hostb", RTT: 300 * time.Microsecond, Offset: -time.Millisecond, Timeout: 500 * time.Millisecond, There: true, Back: true,
+		Largest: 1500, LargeThere: true, LargeBack: true, BulkThere: true, BulkBack: true}
 	for _, f := range well.Judge() {
 		if f.Level != OK {
 			t.Errorf("a link that is well: %+v", f)
@@ -178,13 +179,19 @@ func TestJudge(t *testing.T) {
 		check  string
 		level  Level
 	}{
-		"slow":          {func(m *Link) { m.RTT = 20 * time.Millisecond }, "round-trip", Warning},
-		"too slow":      {func(m *Link) { m.RTT = 200 * time.Millisecond }, "round-trip", Problem},
-		"ahead":         {func(m *Link) { m.Offset = time.Minute }, "clock", Warning},
-		"behind":        {func(m *Link) { m.Offset = -time.Minute }, "clock", Warning},
-		"no way there":  {func(m *Link) { m.There = false }, "heartbeat-path", Problem},
-		"no way back":   {func(m *Link) { m.Back = false }, "heartbeat-path", Problem},
-		"slow but well": {func(m *Link) { m.RTT, m.Offset = 20*time.Millisecond, time.Second }, "clock", OK},
+		"slow":                       {func(m *Link) { m.RTT = 20 * time.Millisecond }, "round-trip", Warning},
+		"too slow":                   {func(m *Link) { m.RTT = 200 * time.Millisecond }, "round-trip", Problem},
+		"ahead":                      {func(m *Link) { m.Offset = time.Minute }, "clock", Warning},
+		"behind":                     {func(m *Link) { m.Offset = -time.Minute }, "clock", Warning},
+		"no way there":               {func(m *Link) { m.There = false }, "heartbeat-path", Problem},
+		"no way back":                {func(m *Link) { m.Back = false }, "heartbeat-path", Problem},
+		"large datagrams lost there": {func(m *Link) { m.LargeThere = false }, "path-mtu", Problem},
+		"large datagrams lost back":  {func(m *Link) { m.LargeBack = false }, "path-mtu", Problem},
+		"long messages lost there":   {func(m *Link) { m.BulkThere = false }, "path-mtu", Problem},
+		"long messages lost back":    {func(m *Link) { m.BulkBack = false }, "path-mtu", Problem},
+		"no datagrams at all":        {func(m *Link) { m.There, m.LargeThere = false, false }, "path-mtu", OK},
+		"an MTU that is not known":   {func(m *Link) { m.Largest, m.LargeThere = 0, false }, "path-mtu", OK},
+		"slow but well":              {func(m *Link) { m.RTT, m.Offset = 20*time.Millisecond, time.Second }, "clock", OK},
 	} {
 		m := well
 		tc.change(&m)
