@@ -48,6 +48,9 @@ type DirConfig struct {
 	// MaxStuck is how many operations may hang in the kernel before further
 	// ones fail at once. Default 8.
 	MaxStuck int
+	// Seen, if set, is what this host remembers, against which all that is read
+	// is held.
+	Seen *Seen
 	// Fault interferes with the storage. For tests only.
 	Fault FaultFunc
 	// Clock tells the times that are kept for people to read. Default time.Now.
@@ -72,6 +75,7 @@ type DirConfig struct {
 type Dir struct {
 	path  string
 	guard *guard
+	seen  *Seen
 	fault FaultFunc
 	clock func() time.Time
 
@@ -97,6 +101,7 @@ func NewDir(cfg DirConfig) (*Dir, error) {
 			limit:   cmp.Or(cfg.MaxStuck, 8),
 			timeout: cmp.Or(cfg.Timeout, 5*time.Second),
 		},
+		seen:  cfg.Seen,
 		fault: cfg.Fault,
 		clock: cfg.Clock,
 	}
@@ -404,14 +409,28 @@ var errChanging = errors.New("directory is changing")
 
 // load reads a domain's directory.
 func (d *Dir) load(ctx context.Context, domain plugin.UUID) (state, error) {
-	if _, err := d.checkMarker(ctx); err != nil {
+	known, err := d.seen.recall()
+	if err != nil {
+		return state{}, err
+	}
+	id, err := d.checkMarker(ctx)
+	if err != nil {
 		return state{}, err
 	}
 	for range 3 {
 		s, err := d.read(ctx, domain)
-		if !errors.Is(err, errChanging) {
-			return s, err
+		if errors.Is(err, errChanging) {
+			continue
 		}
+		s.from = id
+		if err == nil {
+			err = known.check(domain, s)
+		}
+		if err != nil {
+			return state{}, err
+		}
+		d.seen.note(domain, s)
+		return s, nil
 	}
 	// Forget does not leave that behind.
 	return state{}, &CorruptError{Path: d.domainDir(domain), Reason: "files of the newest epoch are missing"}
@@ -463,6 +482,7 @@ func (d *Dir) read(ctx context.Context, domain plugin.UUID) (state, error) {
 	if !isOpen {
 		return state{}, errChanging
 	}
+	s.token = open.Token
 	s.rec = Record{
 		Domain: domain, Epoch: newest, Primary: open.Primary, Backup: open.Backup,
 		OpenedAt: open.Time, Owner: owner.Host, DecidedAt: owner.Time,
@@ -490,14 +510,16 @@ func (d *Dir) checkMarker(ctx context.Context) (string, error) {
 		return "", err
 	}
 	d.mu.Lock()
-	d.id = cmp.Or(d.id, marker.Token)
+	if d.seen == nil { // else that knows better
+		d.id = cmp.Or(d.id, marker.Token)
+	}
 	known := d.id
 	d.mu.Unlock()
-	if known != marker.Token {
+	if known != "" && known != marker.Token {
 		return "", fmt.Errorf("%w: directory %s has identity %s, it had %s before; is other storage mounted there?",
 			ErrUnavailable, d.path, marker.Token, known)
 	}
-	return known, nil
+	return marker.Token, nil
 }
 
 func (d *Dir) readMarker(ctx context.Context, path string) (contents, error) {

@@ -31,6 +31,9 @@ type LUNConfig struct {
 	// MaxStuck is how many operations may hang in the kernel before further
 	// ones fail at once. Default 8.
 	MaxStuck int
+	// Seen, if set, is what this host remembers, against which all that is read
+	// is held.
+	Seen *Seen
 	// Reservation makes InitLUN choose persistent reservations where it would
 	// choose COMPARE AND WRITE.
 	Reservation bool
@@ -48,7 +51,7 @@ func NewLUN(cfg LUNConfig) (Arbiter, error) {
 	if err != nil {
 		return nil, err
 	}
-	return registered{reg: l, guard: &guard{
+	return registered{reg: l, seen: cfg.Seen, guard: &guard{
 		limit:   cmp.Or(cfg.MaxStuck, 8),
 		timeout: cmp.Or(cfg.Timeout, 5*time.Second),
 	}}, nil
@@ -61,12 +64,14 @@ func newLUN(cfg LUNConfig) (*lun, error) {
 	if (cfg.Device == "") == (cfg.Transport == nil) {
 		return nil, fmt.Errorf("%w: no arbiter device", ErrInvalid)
 	}
-	return &lun{path: cfg.Device, id: cfg.ID, dev: scsi.Device{Transport: cfg.Transport}}, nil
+	return &lun{path: cfg.Device, id: cfg.ID, follow: cfg.Seen != nil, dev: scsi.Device{Transport: cfg.Transport}}, nil
 }
 
 // lun is the register on a logical unit.
 type lun struct {
 	path string
+	// follow leaves it to others to notice another identity than before.
+	follow bool
 
 	mu  sync.Mutex
 	dev scsi.Device // its Transport is nil until the device could be opened
@@ -180,10 +185,12 @@ func (l *lun) attach(ctx context.Context) (unit, error) {
 		return unit{}, err
 	}
 	l.mu.Lock()
-	l.id = cmp.Or(l.id, u.identity)
+	if !l.follow {
+		l.id = cmp.Or(l.id, u.identity)
+	}
 	known := l.id
 	l.mu.Unlock()
-	if known != u.identity {
+	if known != "" && known != u.identity {
 		return unit{}, fmt.Errorf("%w: device %s has identity %s, it had %s before; is it another LUN?", ErrUnavailable, l.path, u.identity, known)
 	}
 	return u, nil
@@ -323,6 +330,7 @@ func (l *lun) update(ctx context.Context, domain plugin.UUID, change func(state)
 		if p.corrupt != nil {
 			return p.corrupt
 		}
+		p.state.from = u.identity
 		next, err := change(p.state)
 		if err != nil || next == p.state {
 			// Whoever wrote it may have crashed before it was durable.
@@ -409,13 +417,10 @@ func (l *lun) forget(ctx context.Context, domain plugin.UUID) error {
 }
 
 // probe writes the scratch block. If another host was faster, that does as well.
-func (l *lun) probe(ctx context.Context, domain plugin.UUID) error {
+func (l *lun) probe(ctx context.Context) error {
 	u, err := l.attach(ctx)
 	if err != nil {
 		return err
-	}
-	if p, err := u.find(ctx, domain); err != nil || p.corrupt != nil {
-		return cmp.Or(err, p.corrupt)
 	}
 	raw, err := u.read(ctx, scratchBlock)
 	if err != nil {

@@ -11,9 +11,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -53,6 +55,9 @@ type QuorumConfig struct {
 	// Timeout bounds each operation whose context sets no earlier deadline.
 	// Default 5 s.
 	Timeout time.Duration
+	// Seen, if set, is what this host remembers, against which all that is read
+	// is held.
+	Seen *Seen
 	// WitnessTimeout bounds each request to one witness. Default 1 s.
 	WitnessTimeout time.Duration
 	// Fault interferes with the requests. For tests only.
@@ -72,7 +77,7 @@ func NewQuorum(cfg QuorumConfig) (Arbiter, error) {
 	if err != nil {
 		return nil, err
 	}
-	return registered{reg: q, guard: &guard{limit: 64, timeout: cmp.Or(cfg.Timeout, 5*time.Second)}}, nil
+	return registered{reg: q, seen: cfg.Seen, guard: &guard{limit: 64, timeout: cmp.Or(cfg.Timeout, 5*time.Second)}}, nil
 }
 
 // AskWitnesses asks each witness for its vote on a domain that nobody has, and
@@ -102,7 +107,7 @@ func newQuorum(cfg QuorumConfig) (*quorum, error) {
 	if cfg.Timeout < 0 || cfg.WitnessTimeout < 0 {
 		return nil, fmt.Errorf("%w: negative limit for the witnesses", ErrInvalid)
 	}
-	seen := make(map[string]bool)
+	seen, ids := make(map[string]bool), make(map[string]bool)
 	for _, w := range cfg.Witnesses {
 		if w.ID == "" || w.Address == "" {
 			return nil, fmt.Errorf("%w: witness %q", ErrInvalid, w)
@@ -111,9 +116,10 @@ func newQuorum(cfg QuorumConfig) (*quorum, error) {
 		if seen[w.ID] || seen[w.Address] {
 			return nil, fmt.Errorf("%w: witness %s is named twice", ErrInvalid, w)
 		}
-		seen[w.ID], seen[w.Address] = true, true
+		seen[w.ID], seen[w.Address], ids[w.ID] = true, true, true
 	}
 	q := &quorum{
+		identity:  strings.Join(slices.Sorted(maps.Keys(ids)), ","),
 		witnesses: cfg.Witnesses, key: cfg.Key, fault: cfg.Fault, scheme: "http",
 		timeout: cmp.Or(cfg.WitnessTimeout, time.Second),
 		client: &http.Client{Transport: &http.Transport{
@@ -135,6 +141,7 @@ const maxOutrun = time.Second
 // quorum is the register that a majority of witnesses make up.
 type quorum struct {
 	witnesses []WitnessAddress
+	identity  string // of all of them together
 	key       key
 	scheme    string
 	timeout   time.Duration
@@ -155,10 +162,7 @@ func (q *quorum) forget(ctx context.Context, domain plugin.UUID) error {
 }
 
 // probe lets the witnesses agree on something new of the domain that nobody has.
-func (q *quorum) probe(ctx context.Context, domain plugin.UUID) error {
-	if err := q.update(ctx, domain, func(s state) (state, error) { return s, nil }); err != nil {
-		return err
-	}
+func (q *quorum) probe(ctx context.Context) error {
 	token := newToken()
 	return q.update(ctx, plugin.UUID{}, func(s state) (state, error) {
 		s.token = token
@@ -176,6 +180,7 @@ func (q *quorum) update(ctx context.Context, domain plugin.UUID, change func(sta
 		if s, verdict = decodeState(value, "of the witnesses", domain); verdict != nil {
 			return nil, false
 		}
+		s.from = q.identity
 		if next, verdict = change(s); verdict != nil || next == s {
 			return nil, false
 		}

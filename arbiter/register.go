@@ -4,6 +4,7 @@ package arbiter
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -22,20 +23,58 @@ type register interface {
 	// forget is update with state.forget, which must also do for a domain
 	// whose state cannot be trusted, if anything tells its newest epoch.
 	forget(ctx context.Context, domain plugin.UUID) error
-	// probe reads domain's state, and changes something that is nobody's.
-	probe(ctx context.Context, domain plugin.UUID) error
+	// probe changes something that is nobody's.
+	probe(ctx context.Context) error
 }
 
 // registered is the arbiter on a register.
 type registered struct {
 	reg   register
+	seen  *Seen
 	guard *guard
+}
+
+// change is the register's update, with what is read held against what this host
+// has seen.
+func (r registered) change(ctx context.Context, domain plugin.UUID, change func(state) (state, error)) error {
+	known, err := r.seen.recall()
+	if err != nil {
+		return err
+	}
+	var last state
+	err = r.reg.update(ctx, domain, func(s state) (state, error) {
+		last = s
+		if err := known.check(domain, s); err != nil {
+			return s, err
+		}
+		next, err := change(s)
+		if err == nil {
+			last = next
+		}
+		return next, err
+	})
+	if last.from != "" && !errors.Is(err, ErrUnavailable) && !errors.Is(err, ErrCorrupt) {
+		r.seen.note(domain, last)
+	}
+	return err
+}
+
+// ID gives the identity of the LUN, or of the witnesses together, for hosts to make
+// sure that they ask the same.
+func (r registered) ID(ctx context.Context) (string, error) {
+	return do(ctx, r.guard, "reading the arbiter's identity", func(ctx context.Context) (id string, err error) {
+		err = r.reg.update(ctx, plugin.UUID{}, func(s state) (state, error) {
+			id = s.from
+			return s, nil
+		})
+		return id, err
+	})
 }
 
 // update runs change under the guard.
 func (r registered) update(ctx context.Context, domain plugin.UUID, what string, change func(state) (state, error)) error {
 	_, err := do(ctx, r.guard, what, func(ctx context.Context) (struct{}, error) {
-		return struct{}{}, r.reg.update(ctx, domain, change)
+		return struct{}{}, r.change(ctx, domain, change)
 	})
 	return err
 }
@@ -49,7 +88,7 @@ func (r registered) Open(ctx context.Context, domain plugin.UUID, primary, backu
 	return do(ctx, r.guard, what, func(ctx context.Context) (plugin.Epoch, error) {
 		var epoch plugin.Epoch
 		token, now := newToken(), timestamp()
-		err := r.reg.update(ctx, domain, func(s state) (state, error) {
+		err := r.change(ctx, domain, func(s state) (state, error) {
 			next, err := s.open(domain, primary, backup, token, now)
 			epoch = next.rec.Epoch
 			return next, err
@@ -76,7 +115,7 @@ func (r registered) Lookup(ctx context.Context, domain plugin.UUID) (Record, err
 	what := fmt.Sprintf("looking up domain %s", domain)
 	return do(ctx, r.guard, what, func(ctx context.Context) (Record, error) {
 		var rec Record
-		err := r.reg.update(ctx, domain, func(s state) (state, error) {
+		err := r.change(ctx, domain, func(s state) (state, error) {
 			rec = s.rec
 			return s, nil
 		})
@@ -104,7 +143,10 @@ func (r registered) Close(ctx context.Context, domain plugin.UUID, epoch plugin.
 func (r registered) Probe(ctx context.Context, domain plugin.UUID) error {
 	what := fmt.Sprintf("probing the arbiter of domain %s", domain)
 	_, err := do(ctx, r.guard, what, func(ctx context.Context) (struct{}, error) {
-		return struct{}{}, r.reg.probe(ctx, domain)
+		if err := r.change(ctx, domain, func(s state) (state, error) { return s, nil }); err != nil {
+			return struct{}{}, err
+		}
+		return struct{}{}, r.reg.probe(ctx)
 	})
 	return err
 }

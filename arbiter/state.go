@@ -22,6 +22,8 @@ type state struct {
 	// token is that of the call of Open which made rec. It tells a host whose
 	// answer was lost that the epoch is its own.
 	token string
+	// from is the identity of the arbiter that it was read from. It is not stored.
+	from string
 }
 
 // refuseOpen says why no epoch may follow s with the given primary.
@@ -101,7 +103,7 @@ func (s state) close(domain plugin.UUID, epoch plugin.Epoch, host string, now ti
 }
 
 // forget leaves nothing but the fence.
-func (s state) forget() state { return state{floor: s.newest()} }
+func (s state) forget() state { return state{floor: s.newest(), from: s.from} }
 
 // storedState is a state as witnesses keep it.
 type storedState struct {

@@ -16,21 +16,35 @@ import (
 	"ftvirt.org/ftvirt/plugin/config"
 )
 
-// New gives the configured arbiter. It reads the key file of a majority, and
+// Open gives the configured arbiter of a host, held against what the host has seen
+// of it, for agent and hook; see New. failed is told if that cannot be kept.
+func Open(cfg config.Config, timeout time.Duration, failed func(error)) (arbiter.Arbiter, *arbiter.Seen, error) {
+	seen := arbiter.NewSeen(cfg.Agent.StateDir, failed)
+	a, err := open(cfg.Arbiter, timeout, seen)
+	return a, seen, err
+}
+
+// New gives the configured arbiter for a person, who sees what there is, whatever
+// the host saw before. It reads the key file of a majority, and
 // touches neither storage nor network: those may be away when an agent starts.
 // timeout bounds each operation whose context sets no earlier deadline; 0 is the
 // backend's default.
 func New(cfg config.Arbiter, timeout time.Duration) (arbiter.Arbiter, error) {
+	return open(cfg, timeout, nil)
+}
+
+func open(cfg config.Arbiter, timeout time.Duration, seen *arbiter.Seen) (arbiter.Arbiter, error) {
 	switch cfg.Kind {
 	case config.ArbiterDirectory:
-		return arbiter.NewDir(arbiter.DirConfig{Path: cfg.Path, ID: cfg.ID, Timeout: timeout})
+		return arbiter.NewDir(arbiter.DirConfig{Path: cfg.Path, ID: cfg.ID, Timeout: timeout, Seen: seen})
 	case config.ArbiterLUN:
-		return arbiter.NewLUN(arbiter.LUNConfig{Device: cfg.Device, ID: cfg.ID, Timeout: timeout})
+		return arbiter.NewLUN(arbiter.LUNConfig{Device: cfg.Device, ID: cfg.ID, Timeout: timeout, Seen: seen})
 	case config.ArbiterMajority:
 		q, err := quorum(cfg, timeout)
 		if err != nil {
 			return nil, err
 		}
+		q.Seen = seen
 		return arbiter.NewQuorum(q)
 	default:
 		return nil, fmt.Errorf("%w: unknown arbiter kind %q", arbiter.ErrInvalid, cfg.Kind)
@@ -66,6 +80,26 @@ func At(path string) (config.Arbiter, error) {
 		return config.Arbiter{Kind: config.ArbiterLUN, Device: path}, nil
 	}
 	return config.Arbiter{}, fmt.Errorf("%w: %s is neither a directory nor a block device", arbiter.ErrInvalid, path)
+}
+
+// Accept makes a host believe the configured arbiter as it is now, whatever the host
+// saw before. It gives the arbiter's identity, and the one of before.
+func Accept(ctx context.Context, cfg config.Config, timeout time.Duration) (now, before string, err error) {
+	a, err := New(cfg.Arbiter, timeout)
+	if err != nil {
+		return "", "", err
+	}
+	who, ok := a.(interface {
+		ID(ctx context.Context) (string, error)
+	})
+	if !ok {
+		return "", "", fmt.Errorf("%w: arbiter without an identity", arbiter.ErrInvalid)
+	}
+	if now, err = who.ID(ctx); err != nil {
+		return "", "", err
+	}
+	before, err = arbiter.NewSeen(cfg.Agent.StateDir, nil).Accept(now)
+	return now, before, err
 }
 
 // Info is what Init made or found.

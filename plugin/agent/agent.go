@@ -40,6 +40,7 @@ type Agent struct {
 	virt      *virt.Conn
 	owners    func(pid int) (plugin.UUID, error) // nil where libvirt's notes cannot be read
 	arbiter   arbiter.Arbiter
+	seen      *arbiter.Seen // what this host knows of it
 	transport channel.Transport
 	channel   channel.Config
 	detect    *detect.Service
@@ -68,7 +69,10 @@ func New(cfg config.Config, log *slog.Logger) (*Agent, error) {
 	a.channel.Logger = log
 	a.channel.QueueBytes = max(int(cfg.Channel.SendBuffer), a.channel.QueueBytes)
 	var err error
-	if a.arbiter, err = backend.New(cfg.Arbiter, 0); err != nil {
+	// A full disk would be told of at each decision.
+	var kept channel.Complaints
+	a.arbiter, a.seen, err = backend.Open(cfg, 0, func(err error) { kept.Warn(log, netip.Addr{}, "the arbiter's past", "error", err) })
+	if err != nil {
 		return nil, fmt.Errorf("arbiter: %w", err)
 	}
 	a.transport, err = newTransport(cfg, log)

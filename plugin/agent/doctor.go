@@ -130,9 +130,26 @@ func (a *Agent) examine(ctx context.Context) doctor.Report {
 	}); ok && err == nil {
 		r.Facts.Arbiter, err = id.ID(asked)
 	}
+	if err == nil {
+		err = a.checkSeen(asked)
+	}
 	cancel()
 	r.Findings = append(r.Findings, doctor.Storage(a.cfg.Host, a.cfg.Arbiter.Kind+" arbiter", took, err, a.cfg.Heartbeat.Timeout))
 	return r
+}
+
+// checkSeen holds the arbiter against what this host saw of each domain there.
+func (a *Agent) checkSeen(ctx context.Context) error {
+	domains, err := a.seen.Domains()
+	if err != nil {
+		return err
+	}
+	for _, id := range domains {
+		if _, err := a.arbiter.Lookup(ctx, id); errors.Is(err, arbiter.ErrOutdated) {
+			return err
+		}
+	}
+	return nil
 }
 
 // doctorHandlers serve a peer's doctor.

@@ -57,6 +57,17 @@ func arbiterCommand() *cli.Command {
 				Flags:  []cli.Flag{pathFlag, configFlag()},
 				Action: forgetArbiter,
 			},
+			{
+				Name:  "accept",
+				Usage: "let this host believe an arbiter that is not as it was",
+				Description: "A host remembers its arbiter's identity and how far each domain was there, in state_dir. An\n" +
+					"arbiter that is another, or that knows less, is refused: storage that is not mounted, or an\n" +
+					"old copy of it, could let two hosts run a domain. This forgets what the host saw, for one\n" +
+					"that was replaced or restored on purpose. Run it on each host. Before that, make sure that\n" +
+					"no domain runs twice, and which host's disks are the newest.",
+				Flags:  []cli.Flag{configFlag()},
+				Action: acceptArbiter,
+			},
 		},
 	}
 }
@@ -179,6 +190,26 @@ func arbiterRecord(w io.Writer, r arbiter.Record) error {
 			f.add(t.name, t.at.Format(time.RFC3339))
 		}
 	}
+	return f.flush()
+}
+
+func acceptArbiter(c *cli.Context) error {
+	if err := arguments(c, 0, 0); err != nil {
+		return err
+	}
+	cfg, err := load(c, false)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(c.Context, arbiterTimeout)
+	defer cancel()
+	now, before, err := backend.Accept(ctx, cfg, arbiterTimeout)
+	if err != nil {
+		return err
+	}
+	f := newFields(c.App.Writer)
+	f.add("Accepted", now)
+	f.add("Before", dash(before))
 	return f.flush()
 }
 

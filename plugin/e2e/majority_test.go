@@ -65,14 +65,26 @@ func TestMajority(t *testing.T) {
 		t.Cleanup(func() { must(t, os.RemoveAll(h.Path(dir))) })
 		list = append(list, witness(t, h.Node, filepath.Join(lab.BinDir, "ftvirt"), dir, keyFile, h.ServiceAddr()))
 	}
+	ftvirt := filepath.Join(lab.BinDir, "ftvirt")
+	accept := func(ctx context.Context) {
+		for _, h := range []*lab.Host{hosta, hostb} {
+			_, err := h.Exec(ctx, ftvirt, "arbiter", "accept")
+			must(t, err)
+		}
+	}
+	t.Cleanup(func() { accept(context.Background()) }) // the one of before
 	for _, h := range []*lab.Host{hosta, hostb} {
 		configured(t, b, h, func(c *config.Config) {
 			c.Protect.Auto = false
 			c.Arbiter.Kind, c.Arbiter.Path, c.Arbiter.Witnesses = config.ArbiterMajority, "", list
 		})
 	}
-	ftvirt := filepath.Join(lab.BinDir, "ftvirt")
-	out, err := hosta.Exec(t.Context(), ftvirt, "arbiter", "init")
+	out, err := hosta.Exec(t.Context(), ftvirt, "doctor")
+	if err == nil || !strings.Contains(out+err.Error(), "cannot be believed") {
+		t.Errorf("another arbiter than before is believed: %v: %s", err, out)
+	}
+	accept(t.Context())
+	out, err = hosta.Exec(t.Context(), ftvirt, "arbiter", "init")
 	if must(t, err); strings.Count(out, "votes\n") != 3 {
 		t.Errorf("the witnesses: %s", out)
 	}

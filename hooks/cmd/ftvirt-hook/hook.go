@@ -31,8 +31,9 @@ type decider interface {
 }
 
 type hook struct {
-	load    func() (config.Config, error)
-	arbiter func(config.Arbiter) (decider, error)
+	load func() (config.Config, error)
+	// ask has the arbiter decide whether this host may start the domain.
+	ask func(context.Context, config.Config, plugin.UUID, hooks.Annotation) error
 }
 
 // call is one run, as libvirt passes it: OBJECT OPERATION SUBOPERATION EXTRA.
@@ -165,16 +166,12 @@ func (h hook) mayStart(ctx context.Context, text []byte) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("it is protected, and the configuration that names the arbiter cannot be used: %w", err)
 	}
-	arb, err := h.arbiter(cfg.Arbiter)
-	if err != nil {
-		return nil, fmt.Errorf("it is protected, and the arbiter cannot be asked: %w", err)
-	}
 	if d, ok := ctx.Deadline(); ok {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithDeadline(ctx, d.Add(-reserve))
 		defer cancel()
 	}
-	return nil, decide(ctx, arb, id, cfg.Host, a)
+	return nil, h.ask(ctx, cfg, id, a)
 }
 
 // mayArrive is asked on the host that libvirt migrates a domain to. The arbiter

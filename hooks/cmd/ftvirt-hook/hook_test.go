@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"ftvirt.org/ftvirt/arbiter"
+	"ftvirt.org/ftvirt/hooks"
 	"ftvirt.org/ftvirt/plugin"
 	"ftvirt.org/ftvirt/plugin/config"
 )
@@ -61,7 +62,9 @@ func newHook(t *testing.T, arb decider) hook {
 			c.Host, c.Agent.RunDir = "hosta", "/nonexistent"
 			return c, nil
 		},
-		arbiter: func(config.Arbiter) (decider, error) { return arb, nil },
+		ask: func(ctx context.Context, cfg config.Config, id plugin.UUID, a hooks.Annotation) error {
+			return decide(ctx, arb, id, cfg.Host, a)
+		},
 	}
 }
 
@@ -127,9 +130,9 @@ func TestBrokenConfiguration(t *testing.T) {
 	t.Parallel()
 	h := hook{
 		load: func() (config.Config, error) { return config.Config{}, errors.New("line 3: unknown key x") },
-		arbiter: func(config.Arbiter) (decider, error) {
+		ask: func(context.Context, config.Config, plugin.UUID, hooks.Annotation) error {
 			t.Error("asked an arbiter of an unusable configuration")
-			return nil, errors.New("none")
+			return errors.New("none")
 		},
 	}
 	var stderr bytes.Buffer
@@ -211,7 +214,7 @@ func TestBinary(t *testing.T) {
 		t.Fatal(err)
 	}
 	cfg := filepath.Join(dir, "ftvirt.toml")
-	if err := os.WriteFile(cfg, []byte("host = \"hosta\"\n[agent]\nrun_dir = \""+dir+"\"\n[arbiter]\npath = \""+shared+"\"\n"), 0o600); err != nil {
+	if err := os.WriteFile(cfg, []byte("host = \"hosta\"\n[agent]\nrun_dir = \""+dir+"\"\nstate_dir = \""+dir+"/state\"\n[arbiter]\npath = \""+shared+"\"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	run := func(xml string, args ...string) (string, error) {

@@ -18,7 +18,6 @@ import (
 	"os"
 	"time"
 
-	"ftvirt.org/ftvirt/arbiter/backend"
 	"ftvirt.org/ftvirt/plugin/config"
 )
 
@@ -28,11 +27,16 @@ const deadline = 5 * time.Second
 func main() {
 	ctx, cancel := context.WithTimeout(context.Background(), deadline)
 	defer cancel()
+	if len(os.Args) == 2 && os.Args[1] == askArg {
+		ctx, cancel := context.WithTimeout(ctx, deadline-reserve)
+		defer cancel()
+		os.Exit(answer(ctx, os.Stdin, os.Stderr))
+	}
 	// The context ends whatever heeds it. A file system that hangs does not.
 	time.AfterFunc(deadline, func() { os.Exit(overdue(os.Args[1:])) })
 	h := hook{
-		load:    func() (config.Config, error) { return config.Load(config.Path()) },
-		arbiter: openArbiter,
+		load: func() (config.Config, error) { return config.Load(config.Path()) },
+		ask:  askChild,
 	}
 	os.Exit(h.run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 }
@@ -43,5 +47,3 @@ func overdue(args []string) int {
 	c, err := parseCall(args)
 	return exitStatus(err == nil && c.guarded())
 }
-
-func openArbiter(c config.Arbiter) (decider, error) { return backend.New(c, 0) }
