@@ -54,8 +54,9 @@ type keptDefinition struct {
 	Disks map[string]string `json:"disks"`
 	// Defined is the newest definition that can be had here; until there is one,
 	// it is made of Live.
-	Defined   string `json:"defined,omitempty"`
-	Autostart bool   `json:"autostart,omitempty"`
+	Defined string `json:"defined,omitempty"`
+	// Autostart is nil as long as it was not told.
+	Autostart *bool `json:"autostart,omitempty"`
 }
 
 // domain makes the definition of this host.
@@ -161,7 +162,9 @@ const definitionRetry = time.Second
 // as the session lasts.
 func (p *primary) tellDefinition(conn *channel.Conn) {
 	var told definitionRequest
-	p.d.setDefinition(wishTold, nil)
+	var refused error // what the peer said of it
+	// What it was woken for last may be for the next session.
+	defer p.d.wakeTeller()
 	t := time.NewTimer(0)
 	defer t.Stop()
 	for {
@@ -184,11 +187,9 @@ func (p *primary) tellDefinition(conn *channel.Conn) {
 			case err != nil:
 				err = fmt.Errorf("host %s does not have the newest: %w", p.peer, err)
 			case reply.Problem != "":
-				told = now
-				p.d.setDefinition(wishTold, fmt.Errorf("host %s keeps to the former, which would count after a failover: %s", p.peer, reply.Problem))
+				told, refused = now, fmt.Errorf("host %s keeps to the former, which would count after a failover: %s", p.peer, reply.Problem)
 			default:
-				told = now
-				p.d.setDefinition(wishTold, nil)
+				told, refused = now, nil
 			}
 		}
 		if conn.Err() != nil || p.ctx.Err() != nil {
@@ -197,11 +198,20 @@ func (p *primary) tellDefinition(conn *channel.Conn) {
 		wait := definitionPeriod
 		if err != nil {
 			wait = definitionRetry
-			if s, _, _, _ := p.d.snapshot(); s.State == pair.Protected {
-				p.d.setDefinition(wishTold, err) // before, the peer may not be ready for it
-			}
 		}
 		t.Reset(wait)
+		if s, _, _, _ := p.d.snapshot(); err != nil && s.State == pair.Cloning {
+			err = nil // the peer may not be ready for it
+		}
+		p.d.setDefinition(wishTold, errors.Join(err, refused))
+	}
+}
+
+// wakeTeller has tellDefinition look for a change.
+func (d *domain) wakeTeller() {
+	select {
+	case d.redefined <- struct{}{}:
+	default: // it will look anyway
 	}
 }
 
@@ -258,7 +268,9 @@ func (b *backup) takeDefinition(_ context.Context, r definitionRequest) (any, er
 	if k == nil || k.Epoch != b.epoch {
 		return nil, fmt.Errorf("%w: the backup is yet to be prepared", migrate.ErrEpoch)
 	}
-	k.Autostart, k.Defined = r.Autostart, r.XML
+	former := k.Defined
+	k.Autostart, k.Defined = &r.Autostart, r.XML
+	var reply definitionReply
 	dom, err := k.domain(b.d.a.hookOptions())
 	if err == nil {
 		if missing := missingDisks(dom); len(missing) > 0 {
@@ -266,9 +278,9 @@ func (b *backup) takeDefinition(_ context.Context, r definitionRequest) (any, er
 		}
 	}
 	if err != nil {
-		return definitionReply{Problem: err.Error()}, nil
+		reply.Problem, k.Defined = err.Error(), former
 	}
-	return definitionReply{}, b.d.keepDefinition(k)
+	return reply, b.d.keepDefinition(k)
 }
 
 // keepReplicas begins to keep the definition of a backup that is being made.
@@ -403,15 +415,21 @@ func (d *domain) define(ctx context.Context, rec arbiter.Record) error {
 	if k == nil && !wish.Backup() {
 		return nil
 	}
-	def, err := d.definitionHere(k, live, wish)
+	err = d.defineAs(ctx, k, live, wish)
+	if k != nil && k.Defined != "" && err != nil && !errors.Is(err, virt.ErrTimeout) {
+		// This host's libvirt may not know what the other's does.
+		former := *k
+		former.Defined = ""
+		if d.defineAs(ctx, &former, live, wish) == nil {
+			d.a.log.Error("what was edited of the definition since the clone is lost: libvirt on this host does not take it", "domain", d.label(), "error", err)
+			err = nil
+		}
+	}
 	if err != nil {
 		return err
 	}
-	if _, err := d.a.virt.Define(ctx, def); err != nil {
-		return err
-	}
-	if k != nil && k.Defined != "" {
-		if err := d.a.virt.SetAutostart(ctx, d.id, k.Autostart); err != nil {
+	if k != nil && k.Autostart != nil {
+		if err := d.a.virt.SetAutostart(ctx, d.id, *k.Autostart); err != nil {
 			return err
 		}
 	}
@@ -433,8 +451,8 @@ func (d *domain) define(ctx context.Context, rec arbiter.Record) error {
 	return nil
 }
 
-// definitionHere writes it, of what is kept or, without that, of what runs.
-func (d *domain) definitionHere(k *keptDefinition, live *libvirtxml.Domain, wish hooks.Annotation) (string, error) {
+// defineAs does so as it is kept or, without that, as what runs.
+func (d *domain) defineAs(ctx context.Context, k *keptDefinition, live *libvirtxml.Domain, wish hooks.Annotation) error {
 	var def *libvirtxml.Domain
 	var err error
 	if k != nil {
@@ -444,9 +462,14 @@ func (d *domain) definitionHere(k *keptDefinition, live *libvirtxml.Domain, wish
 		def, err = hooks.Definition(live, hooks.Annotation{Mode: hooks.ModeProtected, Peer: wish.Peer}, d.a.hookOptions())
 	}
 	if err != nil {
-		return "", err
+		return err
 	}
-	return def.Marshal()
+	text, err := def.Marshal()
+	if err != nil {
+		return err
+	}
+	_, err = d.a.virt.Define(ctx, text)
+	return err
 }
 
 // settleNow makes the definition before the domain is changed in a way that would
@@ -525,7 +548,7 @@ func (d *domain) setDefinition(w definitionWish, err error) {
 		p.since = time.Now()
 		fallthrough
 	default:
-		p.why = err.Error()
+		p.why = strings.ReplaceAll(err.Error(), "\n", "; ") // it may be several joined
 	}
 }
 

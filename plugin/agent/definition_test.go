@@ -121,12 +121,28 @@ func TestDefinitionIsTold(t *testing.T) {
 	d.kick()
 	second := session("no such image")
 	want(102)
-	for deadline := time.Now().Add(10 * time.Second); !strings.Contains(d.report().Definition, "host hostb keeps to the former, which would count after a failover: no such image"); {
-		if time.Now().After(deadline) {
-			t.Fatalf("status says %q", d.report().Definition)
+	says := func(want string) {
+		t.Helper()
+		for deadline := time.Now().Add(10 * time.Second); d.report().Definition != want; {
+			if time.Now().After(deadline) {
+				t.Fatalf("status says %q, want %q", d.report().Definition, want)
+			}
+			<-time.After(time.Millisecond)
 		}
-		<-time.After(time.Millisecond)
 	}
+	kept := "host hostb keeps to the former, which would count after a failover: no such image"
+	says(kept)
+	// What fails is shown as long as it does.
+	if err := d.keepDefinition(&keptDefinition{Epoch: 2}); err != nil {
+		t.Fatal(err)
+	}
+	d.kick()
+	says("that of this host is yet to be made; " + kept)
+	if err := d.dropDefinition(2); err != nil {
+		t.Fatal(err)
+	}
+	d.kick()
+	says(kept)
 	if len(told) != 0 {
 		t.Errorf("told again: %+v", <-told)
 	}
@@ -185,7 +201,7 @@ func TestKeptDefinition(t *testing.T) {
 		t.Errorf("of another epoch: %v", err)
 	}
 	k, err := newDomain(a, id).kept() // as the next agent does
-	if err != nil || k == nil || k.Epoch != 4 || !k.Autostart {
+	if err != nil || k == nil || k.Epoch != 4 || k.Autostart == nil || !*k.Autostart {
 		t.Fatalf("%+v, %v", k, err)
 	}
 	def, err := k.domain(a.hookOptions())

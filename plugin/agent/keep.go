@@ -203,11 +203,10 @@ func (a *Agent) greet(ctx context.Context) {
 
 // kick makes keep look at once, and the definition be told of if it changed.
 func (d *domain) kick() {
-	for _, ch := range []chan struct{}{d.kicked, d.redefined} {
-		select {
-		case ch <- struct{}{}:
-		default: // it will look anyway
-		}
+	d.wakeTeller()
+	select {
+	case d.kicked <- struct{}{}:
+	default: // it will look anyway
 	}
 }
 

@@ -77,7 +77,7 @@ func (a *Agent) look(ctx context.Context, id plugin.UUID) {
 	a.setWrong(info, id, err)
 	if err == nil && info.Persistent && wish.Mode != "" {
 		// A host to which the domain does not belong must not start it.
-		if on, err := a.virt.Autostart(ctx, id); err == nil && on {
+		if on, err := a.virt.Autostart(ctx, id); err != nil || on {
 			a.domain(id).lookAtDefinition()
 		}
 	}

@@ -28,3 +28,19 @@ func TestStatusTellsOfTheAnnotation(t *testing.T) {
 		}
 	}
 }
+
+// So is a definition that is not yet what it should be.
+func TestStatusTellsOfTheDefinition(t *testing.T) {
+	t.Parallel()
+	s := client.Status{
+		Domain: "web", Host: "hostb", Role: plugin.RolePrimary, State: "live", Reason: "primary-lost", Mode: "live",
+		Definition: "libvirt did not answer in time", DefinitionAge: 12,
+	}
+	f := serve(t, map[string]any{"GET /v1/status": []client.Status{s}, "GET /v1/status/web": s})
+	if r := run(t, "", "status", "--socket", f.socket); r.code != exitOK || !strings.Contains(r.out, definitionPending) {
+		t.Errorf("got %+v", r)
+	}
+	if r := run(t, "", "status", "web", "--socket", f.socket); r.code != exitOK || !strings.Contains(r.out, s.Definition+"; for 12 s") {
+		t.Errorf("got %+v", r)
+	}
+}

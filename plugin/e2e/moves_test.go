@@ -36,11 +36,15 @@ func TestDefinitionMovesAlong(t *testing.T) {
 	killed, err := vm.KillQEMU(t.Context(), hosta)
 	must(t, err)
 	liveBeforeLibvirt(t, b, vm, hostb)
+	begin := time.Now()
 	must(t, b.RestartAgent(t.Context(), hostb, nil))
+	t.Logf("the agent was restarted in %v", time.Since(begin).Round(time.Millisecond))
 	liveBeforeLibvirt(t, b, vm, hostb)
 	alive(t, traffic, killed)
 	continueLibvirt(t, hostb)
+	begin = time.Now()
 	settled(t, b, vm, hostb, edited)
+	t.Logf("defined %v after libvirtd went on", time.Since(begin).Round(time.Millisecond))
 	wantAutostart(t, vm, hostb, hosta)
 	traffic.Close()
 	_, err = hostb.Virsh(t.Context(), "destroy", vm.Name)
@@ -60,6 +64,17 @@ func TestDefinitionMovesAlong(t *testing.T) {
 	must(t, err)
 	settled(t, b, vm, hosta, edited)
 	wantAutostart(t, vm, hosta, hostb)
+
+	// It is made once: an operator may take it away again.
+	_, err = hosta.Virsh(t.Context(), "undefine", vm.Name)
+	must(t, err)
+	must(t, b.RestartAgent(t.Context(), hosta, nil))
+	must(t, scenario.Pause(t.Context(), 5*time.Second))
+	info, err := hosta.Virsh(t.Context(), "dominfo", vm.Name)
+	must(t, err)
+	if !regexp.MustCompile(`Persistent: +no`).MatchString(info) {
+		t.Errorf("defined again after virsh undefine:\n%s", info)
+	}
 }
 
 // A guest that powers itself off before libvirtd could be asked to define it can
