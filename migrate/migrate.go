@@ -270,7 +270,7 @@ func (c *clone) prepare(ctx context.Context) error {
 	if c.disks, err = c.Disks(ctx, c.o.Domain, xml); err != nil {
 		return err
 	}
-	if err := MakeSocketDir(c.o.Dir, c.o.QEMUUser); err != nil {
+	if err := c.makeDir(); err != nil {
 		return err
 	}
 	c.prepared = true
@@ -291,14 +291,11 @@ type relay func(ctx context.Context, qemu, peer net.Conn) error
 // listen makes a unix socket whose connections go to the peer.
 func (c *clone) listen(name, purpose, target string, serve relay) (string, error) {
 	path := filepath.Join(c.o.Dir, name)
-	l, err := net.Listen("unix", path)
+	l, err := listenFor(path, c.o.QEMUUser)
 	if err != nil {
 		return "", err
 	}
 	c.listeners = append(c.listeners, l)
-	if err := os.Chown(path, c.o.QEMUUser, -1); err != nil {
-		return "", err
-	}
 	go func() {
 		for {
 			conn, err := l.Accept()
@@ -713,19 +710,4 @@ func (c *clone) poll(ctx context.Context, every time.Duration, done func(context
 			return ctx.Err()
 		}
 	}
-}
-
-// MakeSocketDir makes an empty directory in which QEMU, running as user, may
-// make sockets and connect to them, and nobody else may.
-func MakeSocketDir(dir string, user int) error {
-	if err := os.RemoveAll(dir); err != nil {
-		return fmt.Errorf("socket directory: %w", err)
-	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return fmt.Errorf("socket directory: %w", err)
-	}
-	if err := os.Chown(dir, user, -1); err != nil {
-		return fmt.Errorf("socket directory: %w", err)
-	}
-	return nil
 }

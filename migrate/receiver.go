@@ -145,7 +145,7 @@ func (r *Receiver) Prepare(ctx context.Context, req PrepareRequest) (reply Prepa
 	if r.replay, err = r.Attached(ctx); err != nil {
 		return reply, err
 	}
-	if err := MakeSocketDir(r.Dir, r.replay.User()); err != nil {
+	if err := r.makeDir(); err != nil {
 		return reply, err
 	}
 	return PrepareReply{Resync: r.resync}, r.export(ctx)
@@ -250,11 +250,10 @@ func (r *Receiver) check(epoch plugin.Epoch) error {
 
 // Dial connects a tunnel to the backup's QEMU: "nbd" or "migrate".
 func (r *Receiver) Dial(ctx context.Context, purpose string) (net.Conn, error) {
-	if !r.created || (purpose != "nbd" && purpose != "migrate") {
+	if r.replay == nil || !r.created || (purpose != "nbd" && purpose != "migrate") {
 		return nil, fmt.Errorf("%w: no %s socket", ErrEpoch, purpose)
 	}
-	var d net.Dialer
-	return d.DialContext(ctx, "unix", r.socket(purpose))
+	return dial(ctx, r.socket(purpose), r.replay.User())
 }
 
 // Resync brings the replica of a disk up to date with what comes from the
