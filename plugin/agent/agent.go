@@ -13,10 +13,8 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"sync"
-	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -83,10 +81,11 @@ func New(cfg config.Config, log *slog.Logger) (*Agent, error) {
 // fails over if the agent does not come back. ready is called once the agent
 // serves.
 func (a *Agent) Run(ctx context.Context, ready func()) error {
-	if err := a.directories(); err != nil {
+	release, err := a.directories()
+	if err != nil {
 		return err
 	}
-	var err error
+	defer release()
 	// A libvirtd that is down or hangs must not keep pairs without their agent.
 	a.virt, err = virt.Open(a.cfg.LibvirtURI, virt.Events{
 		Started: func(i virt.Info) { a.notice(i.UUID) }, Stopped: a.stopped, DiskFailed: a.diskFailed,
@@ -193,33 +192,6 @@ func (a *Agent) libvirtIs(ctx context.Context, err error) {
 	// The first question makes libvirt probe QEMU, for seconds: not when
 	// somebody waits.
 	a.wg.Go(func() { _, _ = a.virt.Hypervisor(ctx) })
-}
-
-func (a *Agent) directories() error {
-	// QEMU's user must get through to the plugin socket and to the sockets
-	// of a clone, whose directories are its own.
-	if err := ownDirectory(a.cfg.Agent.RunDir, 0o711); err != nil {
-		return fmt.Errorf("run directory: %w", err)
-	}
-	if err := ownDirectory(a.cfg.Agent.StateDir, 0o700); err != nil {
-		return fmt.Errorf("state directory: %w", err)
-	}
-	return nil
-}
-
-// ownDirectory makes a directory, or takes one that is there and nobody else's.
-func ownDirectory(path string, mode os.FileMode) error {
-	if err := os.MkdirAll(path, mode); err != nil {
-		return err
-	}
-	info, err := os.Stat(path)
-	if err != nil {
-		return err
-	}
-	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
-		return fmt.Errorf("%s belongs to user %d, who could replace what is in it; give it to root", path, st.Uid)
-	}
-	return os.Chmod(path, mode)
 }
 
 // cloneDir is where the sockets of a domain's clone lie.

@@ -311,7 +311,9 @@ func (p *primary) keepLog() {
 	err := os.MkdirAll(dir, 0o700)
 	if err == nil {
 		name := fmt.Sprintf("%s-%d.rrlog", p.d.id, p.epoch)
-		p.kept, err = os.OpenFile(filepath.Join(dir, name), os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+		// One of that name is another's: of another host, or of a time before
+		// the arbiter was told to forget the domain.
+		p.kept, err = os.OpenFile(filepath.Join(dir, name), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	}
 	if err != nil {
 		p.d.a.log.Warn("the log is not kept", "domain", p.d.label(), "error", err)
