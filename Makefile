@@ -18,6 +18,9 @@
 # make test-security    attack a protected guest (root); part of make test
 # make test-faults [ONLY=REGEXP]    fill disks, starve and stop processes, damage files
 #                       of a protected guest's hosts, 15 minutes (root)
+# make test-shared-dir [N=3]    fail over N times while both hosts keep disks and
+#                       replicas in one directory, as on NFS (root); with N=1 part
+#                       of make test
 # make test-session     protect a guest of an ordinary user's libvirt, qemu:///session (root)
 # make soak-failover N=20    kill the primary again and again (root)
 # make soak-crash N=10       crash the primary's host again and again (root)
@@ -80,7 +83,7 @@ list_tests = $(GO) list -tags $(TAGS) -f '{{.ImportPath}} {{join .TestImports " 
 UNIT = $$($(list_tests) | grep -Ev ' $(REAL)( |$$)' | cut -d' ' -f1)
 LAB = $$($(list_tests) | grep -E ' $(REAL)( |$$)' | cut -d' ' -f1)
 
-.PHONY: build/deb/newer all deps build test unit-test lab-test test-security test-faults demo soak-failover soak-crash soak-clone soak-plugin soak-storage chaos bench bench-quick fuzz lint vuln clean build/guest build/debian docs deb test-deb test-docs test-real test-web test-orchestration
+.PHONY: build/deb/newer all deps build test unit-test lab-test test-security test-faults test-shared-dir demo soak-failover soak-crash soak-clone soak-plugin soak-storage chaos bench bench-quick fuzz lint vuln clean build/guest build/debian docs deb test-deb test-docs test-real test-web test-orchestration
 
 all: build
 
@@ -156,6 +159,7 @@ build/debian: deps
 	$(GO) run ./plugin/lab/guest/cmd/ftguest-build -debian $@
 
 test: unit-test lab-test test-security
+	$(MAKE) test-shared-dir N=1
 	$(MAKE) chaos
 
 unit-test: build | $(PROMTOOL)
@@ -192,9 +196,9 @@ test-session: build build/guest
 
 # They say themselves what failed, and keep the logs in build/evidence.
 test-real: build/debian
-demo test-real test-security test-faults soak-failover soak-crash soak-clone chaos: build build/guest
+demo test-real test-security test-faults test-shared-dir soak-failover soak-crash soak-clone chaos: build build/guest
 	$(GO) build -o build/ftvirt-scenario ./plugin/lab/cmd/ftvirt-scenario
-	@build/ftvirt-scenario $@ $(if $(filter soak-% test-real,$@),$(if $(N),-n $(N))) $(if $(filter test-faults chaos,$@),$(if $(ONLY),-only '$(ONLY)')) $(if $(filter chaos,$@),-seed $(SEED) -length $(MINUTES)m)
+	@build/ftvirt-scenario $@ $(if $(filter soak-% test-real test-shared-dir,$@),$(if $(N),-n $(N))) $(if $(filter test-faults chaos,$@),$(if $(ONLY),-only '$(ONLY)')) $(if $(filter chaos,$@),-seed $(SEED) -length $(MINUTES)m)
 
 # On a machine that does nothing else; PART=work runs a part of it alone.
 bench: $(COLO) build/debian

@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"ftvirt.org/ftvirt/migrate/resync"
 	"ftvirt.org/ftvirt/plugin"
@@ -50,10 +51,10 @@ type Replayer interface {
 // Receiver makes and unmakes one backup on this host. Its methods are the
 // Method* calls of a Source, in that order.
 type Receiver struct {
-	Local   Hypervisor
-	Domain  plugin.UUID
-	Dir     string // for sockets; made, and removed at the end
-	DiskDir string // for replicas of disks
+	Local    Hypervisor
+	Domain   plugin.UUID
+	Dir      string // for sockets; made, and removed at the end
+	Replicas *Replicas
 	// Seed finds an older copy of a disk on this host, which is only read; nil
 	// if there is none.
 	Seed func(ctx context.Context, disk Disk) Seed
@@ -76,6 +77,7 @@ type Receiver struct {
 	seedMu  sync.Mutex      // since tunnels come beside the calls
 	seeds   map[string]Seed // by target
 	created bool
+	won     atomic.Bool
 	replay  Replayer
 }
 
@@ -88,18 +90,12 @@ type Seed interface {
 	io.Closer
 }
 
-// replica is a file made for a backup.
+// replica is a file of a backup.
 type replica struct {
-	path string
+	record
 	// once: it was complete at some time, so that the next backup can begin
 	// with it.
 	once bool
-}
-
-// replicaName is unique to an epoch, so that no clone ever writes into a file
-// that it did not make, or took over when nobody used it.
-func replicaName(id plugin.UUID, target string, epoch plugin.Epoch, format string) string {
-	return fmt.Sprintf("ftvirt-%s-%s-%d.%s", id, target, epoch, format)
 }
 
 // Prepare starts a backup domain that waits for its state, with replicas of the
@@ -121,15 +117,19 @@ func (r *Receiver) Prepare(ctx context.Context, req PrepareRequest) (reply Prepa
 			err = errors.Join(err, r.Discard(clean))
 		}
 	}()
+	u, err := r.Replicas.usage(ctx, req.XML)
+	if err != nil {
+		r.Replicas.Log.Warn("old replicas are left alone", "domain", r.Domain, "error", err)
+	}
 	paths := map[string]string{}
 	for _, d := range req.Disks {
-		path, err := r.makeReplica(ctx, d)
+		path, err := r.makeReplica(ctx, d, u)
 		if err != nil {
 			return reply, fmt.Errorf("replica of %s: %w", d.Target, err)
 		}
 		paths[d.Target] = path
 	}
-	r.removeOld()
+	r.Replicas.clear(r.Domain, req.XML, u)
 	if err := r.checkSpace(); err != nil {
 		return reply, err
 	}
@@ -142,6 +142,7 @@ func (r *Receiver) Prepare(ctx context.Context, req PrepareRequest) (reply Prepa
 		return reply, err
 	}
 	r.created = true
+	r.Replicas.release(r.files)
 	if r.replay, err = r.Attached(ctx); err != nil {
 		return reply, err
 	}
@@ -152,21 +153,22 @@ func (r *Receiver) Prepare(ctx context.Context, req PrepareRequest) (reply Prepa
 }
 
 // Adopt takes up a backup that another Receiver made in epoch, for Discard to
-// remove. It finds its replicas by their names. One that replays had complete
-// ones.
+// remove. One that replays had complete replicas.
 func (r *Receiver) Adopt(epoch plugin.Epoch, replays bool) error {
-	files, err := filepath.Glob(filepath.Join(r.DiskDir, fmt.Sprintf("ftvirt-%s-*-%d.*", r.Domain, epoch)))
+	list, err := r.Replicas.list(r.Domain)
 	if err != nil {
 		return err
 	}
 	r.epoch, r.created = epoch, true
-	for _, path := range files {
-		r.files = append(r.files, replica{path, replays})
+	for _, rec := range list {
+		if rec.Epoch == epoch {
+			r.files = append(r.files, replica{rec, replays})
+		}
 	}
 	return nil
 }
 
-func (r *Receiver) makeReplica(ctx context.Context, d Disk) (string, error) {
+func (r *Receiver) makeReplica(ctx context.Context, d Disk, u *usage) (string, error) {
 	if d.Format != "raw" && d.Format != "qcow2" {
 		return "", fmt.Errorf("%w %q: use raw or qcow2", ErrFormat, d.Format)
 	}
@@ -174,35 +176,48 @@ func (r *Receiver) makeReplica(ctx context.Context, d Disk) (string, error) {
 	if !diskTarget.MatchString(d.Target) || d.Size < 0 {
 		return "", fmt.Errorf("%w: %q of %d bytes", ErrTarget, d.Target, d.Size)
 	}
-	path := filepath.Join(r.DiskDir, replicaName(r.Domain, d.Target, r.epoch, d.Format))
-	if taken, err := r.takeOld(ctx, d, path); taken || err != nil {
-		return path, err
-	}
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	old, taken, err := r.Replicas.take(ctx, r.Domain, r.epoch, d, u)
 	if err != nil {
 		return "", err
 	}
-	r.files = append(r.files, replica{path: path})
-	if err := f.Close(); err != nil {
+	if taken {
+		r.files = append(r.files, replica{old, true})
+		r.resync = append(r.resync, d.Target)
+		r.openSeed(ctx, d)
+		return old.Path, nil
+	}
+	rec, err := r.Replicas.create(r.Domain, r.epoch, d)
+	if err != nil {
 		return "", err
 	}
+	path := rec.Path
+	r.files = append(r.files, replica{record: rec})
 	cmd := exec.CommandContext(ctx, "qemu-img", "create", "-q", "-f", d.Format, path, strconv.FormatInt(d.Size, 10))
 	if text, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("qemu-img: %w: %s", err, strings.TrimSpace(string(text)))
 	}
-	if r.Seed == nil {
-		return path, nil
-	}
-	if seed := r.Seed(ctx, d); seed != nil {
-		r.seedMu.Lock()
-		if r.seeds == nil {
-			r.seeds = map[string]Seed{}
-		}
-		r.seeds[d.Target] = seed
-		r.seedMu.Unlock()
+	if r.openSeed(ctx, d) {
 		r.resync = append(r.resync, d.Target)
 	}
 	return path, nil
+}
+
+// openSeed looks for an older copy of a disk.
+func (r *Receiver) openSeed(ctx context.Context, d Disk) bool {
+	if r.Seed == nil {
+		return false
+	}
+	seed := r.Seed(ctx, d)
+	if seed == nil {
+		return false
+	}
+	r.seedMu.Lock()
+	defer r.seedMu.Unlock()
+	if r.seeds == nil {
+		r.seeds = map[string]Seed{}
+	}
+	r.seeds[d.Target] = seed
+	return true
 }
 
 func (r *Receiver) closeSeeds() {
@@ -326,11 +341,14 @@ func (r *Receiver) Finish(ctx context.Context, epoch plugin.Epoch) error {
 	return os.RemoveAll(r.Dir)
 }
 
+// Won is called when the arbiter gave this side the epoch: the replicas are the
+// domain's disks from now on, and are not discarded with the backup.
+func (r *Receiver) Won() { r.won.Store(true) }
+
 // Discard removes the backup and every file made for it, except that replicas
 // are kept, if wanted, that were complete once: the next backup begins with them.
 func (r *Receiver) Discard(ctx context.Context) error {
 	r.closeSeeds()
-	var errs []error
 	if r.created {
 		if err := r.Local.Destroy(ctx, r.Domain); err != nil {
 			// Its disks are in use still.
@@ -338,13 +356,33 @@ func (r *Receiver) Discard(ctx context.Context) error {
 		}
 		r.created = false
 	}
-	for _, f := range r.files {
-		err := f.discard(r.Keep)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, err)
-		}
+	if !r.won.Load() {
+		r.discardFiles(ctx)
 	}
 	r.files = nil
-	errs = append(errs, os.RemoveAll(r.Dir))
-	return errors.Join(errs...)
+	return os.RemoveAll(r.Dir)
+}
+
+// discardFiles keeps what is worth it. One that may not be deleted now is tried again
+// when it is old.
+func (r *Receiver) discardFiles(ctx context.Context) {
+	r.Replicas.release(r.files)
+	var u *usage
+	for _, f := range r.files {
+		var err error
+		if !r.Keep || !f.once {
+			if u == nil {
+				u, err = r.Replicas.usage(ctx)
+			}
+			if err == nil {
+				err = r.Replicas.remove(f.record, u)
+			}
+			if err == nil || errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+		}
+		if err = errors.Join(err, r.Replicas.discard(f.record)); err != nil {
+			r.Replicas.Log.Warn("the replica of a discarded backup stays", "path", f.Path, "error", err)
+		}
+	}
 }

@@ -14,19 +14,19 @@ import (
 func TestReplicasStayWhereTheyBelong(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	r := &Receiver{DiskDir: filepath.Join(dir, "images")}
-	if err := os.Mkdir(r.DiskDir, 0o700); err != nil {
+	r := &Receiver{Replicas: replicasOf(t, "hostb", filepath.Join(dir, "images"))}
+	if err := os.Mkdir(r.Replicas.Dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
 	for _, target := range []string{"", "x/../../y", "../x", "/etc/x", "vd a", "-o", "vda\n", "VDA", "vda;x"} {
-		if _, err := r.makeReplica(t.Context(), Disk{Target: target, Format: "raw", Size: 1}); !errors.Is(err, ErrTarget) {
+		if _, err := r.makeReplica(t.Context(), Disk{Target: target, Format: "raw", Size: 1}, nil); !errors.Is(err, ErrTarget) {
 			t.Errorf("%q: %v", target, err)
 		}
 	}
-	if _, err := r.makeReplica(t.Context(), Disk{Target: "vda", Format: "raw", Size: -1}); !errors.Is(err, ErrTarget) {
+	if _, err := r.makeReplica(t.Context(), Disk{Target: "vda", Format: "raw", Size: -1}, nil); !errors.Is(err, ErrTarget) {
 		t.Errorf("negative size: %v", err)
 	}
-	if _, err := r.makeReplica(t.Context(), Disk{Target: "vda", Format: "raw,file=/etc/x", Size: 1}); !errors.Is(err, ErrFormat) {
+	if _, err := r.makeReplica(t.Context(), Disk{Target: "vda", Format: "raw,file=/etc/x", Size: 1}, nil); !errors.Is(err, ErrFormat) {
 		t.Errorf("format: %v", err)
 	}
 	if left, err := filepath.Glob(filepath.Join(dir, "*/*")); err != nil || len(left) != 0 {
@@ -48,8 +48,8 @@ func TestSpaceIsThere(t *testing.T) {
 		{Disk{Target: "vda", Format: "raw", Size: 4096, Used: 4096}, true},
 		{Disk{Target: "vda", Format: "raw", Size: 4096, Used: most}, true},
 	} {
-		r := &Receiver{DiskDir: t.TempDir(), disks: []Disk{c.disk}}
-		if _, err := r.makeReplica(t.Context(), Disk{Target: "vda", Format: "raw"}); err != nil {
+		r := &Receiver{Replicas: replicasOf(t, "hostb", t.TempDir()), disks: []Disk{c.disk}}
+		if _, err := r.makeReplica(t.Context(), Disk{Target: "vda", Format: "raw"}, nil); err != nil {
 			t.Fatal(err)
 		}
 		switch err := r.checkSpace(); {

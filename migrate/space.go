@@ -28,19 +28,19 @@ func wants(d Disk) int64 {
 func (r *Receiver) checkSpace() error {
 	var missing int64
 	for i, f := range r.files {
-		info, err := os.Stat(f.path)
+		info, err := os.Stat(f.Path)
 		if err != nil {
 			return err
 		}
 		missing += max(0, wants(r.disks[i])-allocated(info))
 	}
 	var fs syscall.Statfs_t
-	if err := syscall.Statfs(r.DiskDir, &fs); err != nil {
-		return fmt.Errorf("%s: %w", r.DiskDir, err)
+	if err := syscall.Statfs(r.Replicas.Dir, &fs); err != nil {
+		return fmt.Errorf("%s: %w", r.Replicas.Dir, err)
 	}
 	if free := int64(fs.Bavail) * fs.Bsize; free < missing {
 		return fmt.Errorf("%w: %s has %d MiB left, and they may take %d MiB; make room there, or name another directory as clone.disk_dir",
-			ErrSpace, r.DiskDir, free>>20, missing>>20)
+			ErrSpace, r.Replicas.Dir, free>>20, missing>>20)
 	}
 	return nil
 }

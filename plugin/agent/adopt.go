@@ -182,7 +182,7 @@ func (d *domain) newBackup(peer string, epoch plugin.Epoch) *backup {
 	b := &backup{d: d, epoch: epoch, peer: peer, fed: make(chan struct{})}
 	b.ctx, b.cancel = context.WithCancel(d.a.ctx)
 	b.receiver = &migrate.Receiver{
-		Local: hypervisor{d.a.virt}, Domain: d.id, Dir: d.a.cloneDir(d.id), DiskDir: d.a.cfg.Clone.DiskDir,
+		Local: hypervisor{d.a.virt}, Domain: d.id, Dir: d.a.cloneDir(d.id), Replicas: d.a.replicas,
 		Describe: d.describeBackup, Attached: b.waitVM, Seed: d.seed, Keep: d.a.cfg.Clone.KeepReplicas > 0,
 	}
 	return b

@@ -21,6 +21,7 @@ import (
 
 	"ftvirt.org/ftvirt/arbiter"
 	"ftvirt.org/ftvirt/arbiter/backend"
+	"ftvirt.org/ftvirt/migrate"
 	"ftvirt.org/ftvirt/plugin"
 	"ftvirt.org/ftvirt/plugin/channel"
 	"ftvirt.org/ftvirt/plugin/config"
@@ -45,6 +46,7 @@ type Agent struct {
 	links     *links
 	events    *journal
 	past      timelines // of what the page shows
+	replicas  *migrate.Replicas
 
 	examining sync.Mutex // held while the doctor looks at this host
 
@@ -65,6 +67,7 @@ func New(cfg config.Config, log *slog.Logger) (*Agent, error) {
 		channel: channel.DefaultConfig(), changed: make(chan plugin.UUID, 64), changedAll: make(chan struct{}, 1),
 	}
 	a.channel.Logger = log
+	a.replicas = a.newReplicas()
 	a.channel.QueueBytes = max(int(cfg.Channel.SendBuffer), a.channel.QueueBytes)
 	var err error
 	// A full disk would be told of at each decision.

@@ -295,9 +295,11 @@ func (b *backup) discard(ctx context.Context) error {
 			b.d.a.log.Error("cannot kill QEMU", "domain", b.d.label(), "error", err)
 		}
 	}
-	err := b.receiver.Discard(ctx)
+	// First, since it names the replicas.
+	err := b.d.dropDefinition(b.epoch)
+	err = errors.Join(err, b.receiver.Discard(ctx))
 	b.holding.Wait()
-	return errors.Join(err, os.RemoveAll(b.spoolDir()), b.d.dropDefinition(b.epoch))
+	return errors.Join(err, os.RemoveAll(b.spoolDir()))
 }
 
 // tunnel connects the primary's QEMU with this host's.
@@ -701,6 +703,7 @@ func (b *backup) ended() bool {
 func (b *backup) goLive() {
 	b.mu.Lock()
 	b.promote = true
+	b.receiver.Won()
 	conn := b.conn
 	b.conn = nil
 	store, wait := b.stored, b.fence()

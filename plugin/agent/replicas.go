@@ -4,12 +4,44 @@ package agent
 
 import (
 	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"time"
 
 	"ftvirt.org/ftvirt/hooks"
 	"ftvirt.org/ftvirt/migrate"
 	"ftvirt.org/ftvirt/plugin"
 )
+
+// newReplicas gives what cares for the files of this host's backups.
+func (a *Agent) newReplicas() *migrate.Replicas {
+	return &migrate.Replicas{
+		Host: a.cfg.Host, Dir: a.cfg.Clone.DiskDir, Records: filepath.Join(a.cfg.Agent.StateDir, "replicas"),
+		Described: a.descriptions, Log: a.log,
+	}
+}
+
+// descriptions are all of this host's domains that there are or are yet to be made.
+func (a *Agent) descriptions(ctx context.Context) ([]string, error) {
+	texts, err := a.virt.Descriptions(ctx)
+	if err != nil {
+		return nil, err
+	}
+	kept, err := filepath.Glob(filepath.Join(a.definitionDir(), "*"))
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range kept {
+		text, err := os.ReadFile(path)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+		texts = append(texts, string(text))
+	}
+	return texts, nil
+}
 
 // seed implements migrate.Receiver.Seed: the disk of the domain as this host's
 // definition has it, from when it ran here last.
@@ -80,7 +112,7 @@ func (a *Agent) forget(ctx context.Context, id plugin.UUID) error {
 	if d != nil {
 		_, _ = d.untilFree(ctx) // the last backup may be on its way out
 	}
-	return migrate.RemoveStale(a.cfg.Clone.DiskDir, id, 0)
+	return a.replicas.Forget(ctx, id, 0)
 }
 
 // stalePeriod is between two looks for replicas that were kept for too long.
@@ -88,10 +120,14 @@ const stalePeriod = time.Hour
 
 // age deletes replicas of discarded backups that nobody wanted for long.
 func (a *Agent) age(ctx context.Context) {
+	if s, err := a.replicas.Strangers(ctx); err == nil && len(s.Unproven) > 0 {
+		a.log.Warn("files that look like replicas are left alone, since nothing proves that this host made them; "+
+			"delete them by hand once no domain of any host uses them", "files", s.Unproven)
+	}
 	t := time.NewTicker(stalePeriod)
 	defer t.Stop()
 	for {
-		if err := migrate.RemoveStale(a.cfg.Clone.DiskDir, plugin.UUID{}, a.cfg.Clone.KeepReplicas); err != nil {
+		if err := a.replicas.Forget(ctx, plugin.UUID{}, a.cfg.Clone.KeepReplicas); err != nil {
 			a.log.Warn("old replicas stay", "error", err)
 		}
 		select {

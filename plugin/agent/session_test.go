@@ -62,7 +62,8 @@ func newSessions(t *testing.T) *sessions {
 	}
 	s := &sessions{t: t, ctx: ctx, d: newDomain(a, plugin.UUID{1}), local: heldLocal{make(chan struct{}), make(chan struct{})}}
 	s.b = s.d.newBackup("hosta", 1)
-	s.b.receiver = &migrate.Receiver{Local: s.local, Domain: s.d.id, Dir: t.TempDir()}
+	replicas := &migrate.Replicas{Records: t.TempDir()}
+	s.b.receiver = &migrate.Receiver{Local: s.local, Domain: s.d.id, Dir: t.TempDir(), Replicas: replicas}
 	if err := s.b.receiver.Adopt(1, true); err != nil {
 		t.Fatal(err)
 	}

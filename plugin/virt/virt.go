@@ -451,6 +451,61 @@ func (c *Conn) xml(ctx context.Context, id plugin.UUID, inactive bool, flags lib
 	})
 }
 
+// Descriptions gives all that libvirt has written down of its domains: what runs,
+// definitions, what a saved domain will be, and snapshots. It is complete, or an
+// error.
+func (c *Conn) Descriptions(ctx context.Context) ([]string, error) {
+	return call(ctx, c, "descriptions of all domains", func(conn *libvirt.Connect) ([]string, error) {
+		all, err := conn.ListAllDomains(0)
+		if err != nil {
+			return nil, err
+		}
+		var texts []string
+		for i := range all {
+			more, err := descriptions(&all[i])
+			if err != nil && !errors.Is(err, libvirt.ERR_NO_DOMAIN) { // it ended meanwhile
+				return nil, err
+			}
+			texts = append(texts, more...)
+			_ = all[i].Free()
+		}
+		return texts, nil
+	})
+}
+
+func descriptions(d *libvirt.Domain) ([]string, error) {
+	var texts []string
+	for _, get := range []func() (string, error){
+		func() (string, error) { return d.GetXMLDesc(0) },
+		func() (string, error) { return d.GetXMLDesc(libvirt.DOMAIN_XML_INACTIVE) },
+		func() (string, error) {
+			if saved, err := d.HasManagedSaveImage(0); err != nil || !saved {
+				return "", err
+			}
+			return d.ManagedSaveGetXMLDesc(0)
+		},
+	} {
+		text, err := get()
+		if err != nil && !errors.Is(err, libvirt.ERR_NO_SUPPORT) {
+			return nil, err
+		}
+		texts = append(texts, text)
+	}
+	snapshots, err := d.ListAllSnapshots(0)
+	if err != nil && !errors.Is(err, libvirt.ERR_NO_SUPPORT) {
+		return nil, err
+	}
+	for i := range snapshots {
+		text, err := snapshots[i].GetXMLDesc(0)
+		_ = snapshots[i].Free()
+		if err != nil && !errors.Is(err, libvirt.ERR_NO_DOMAIN_SNAPSHOT) {
+			return nil, err
+		}
+		texts = append(texts, text)
+	}
+	return texts, nil
+}
+
 // Define makes or replaces a persistent definition.
 func (c *Conn) Define(ctx context.Context, xml string) (Info, error) {
 	return call(ctx, c, "define", func(conn *libvirt.Connect) (Info, error) {

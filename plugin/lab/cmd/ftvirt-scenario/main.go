@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command ftvirt-scenario runs 'make demo', 'make test-real', 'make test-security',
-// 'make test-faults', 'make chaos', 'make bench' and the soak runs, each in a lab of
+// 'make test-faults', 'make test-shared-dir', 'make chaos', 'make bench' and the soak runs, each in a lab of
 // its own.
 package main
 
@@ -84,6 +84,7 @@ func app() *cli.App {
 			command("soak-failover", "kill the primary again and again", scenario.SoakFailover, rounds(20)),
 			command("soak-crash", "crash the primary's host again and again", scenario.SoakCrash, rounds(10)),
 			command("soak-clone", "make and discard backups again and again", scenario.SoakClone, rounds(200)),
+			command("test-shared-dir", "fail over while both hosts keep their disks in one directory", scenario.SharedDir, rounds(3)),
 			command("chaos", "let things go wrong at random on three hosts", scenario.Chaos,
 				&cli.Uint64Flag{Name: "seed", Usage: "the `NUMBER` that the faults follow from", Value: 1},
 				&cli.DurationFlag{Name: "length", Usage: "how long `TIME` faults happen", Value: 5 * time.Minute},
