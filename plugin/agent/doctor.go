@@ -7,7 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -25,6 +28,8 @@ const (
 	// methodClock asks what time it is, and how many datagrams came that are
 	// no heartbeats.
 	methodClock = "doctor.clock"
+	// methodSees asks which of this host's directories the peer has as well.
+	methodSees = "doctor.sees"
 	// methodPoke asks for datagrams that are no heartbeats.
 	methodPoke = "doctor.poke"
 	// methodBulk carries a long message there, or back.
@@ -39,6 +44,16 @@ type pokeRequest struct {
 type bulk struct {
 	Filling string `json:"filling,omitempty"`
 	Back    bool   `json:"back,omitempty"`
+}
+
+// seesRequest names a file in each of a host's directories, by the key of ftvirt.toml,
+// and seesReply the keys of those that the peer finds in its own.
+type seesRequest struct {
+	Files map[string]string `json:"files"`
+}
+
+type seesReply struct {
+	Keys []string `json:"keys"`
 }
 
 type clockReply struct {
@@ -91,7 +106,55 @@ func (a *Agent) Doctor(ctx context.Context, peer string) ([]doctor.Finding, erro
 	if err != nil {
 		return append(findings, doctor.Unreachable(a.cfg.Host, peer, err)), nil
 	}
-	return slices.Concat(findings, link.Judge(), doctor.Compare(ours.Facts, theirs.Facts)), nil
+	findings = slices.Concat(findings, link.Judge(), doctor.Compare(ours.Facts, theirs.Facts))
+	shared, err := a.sharedDirectories(ctx, conn)
+	if err != nil {
+		return append(findings, doctor.Unreachable(a.cfg.Host, peer, err)), nil
+	}
+	return append(findings, doctor.Directories(a.cfg.Host, peer, a.ownDirectories(), shared)...), nil
+}
+
+// ownDirectories are those that this host writes to, by their keys.
+func (a *Agent) ownDirectories() map[string]string {
+	return map[string]string{
+		doctor.DiskDir: a.cfg.Clone.DiskDir, "agent.run_dir": a.cfg.Agent.RunDir, "agent.state_dir": a.cfg.Agent.StateDir,
+	}
+}
+
+// tokenPrefix begins the names of files that show whether a directory is shared.
+const tokenPrefix = ".ftvirt-doctor-"
+
+// sharedDirectories puts a file into each directory and asks the peer which it sees.
+func (a *Agent) sharedDirectories(ctx context.Context, conn *channel.Conn) ([]string, error) {
+	req := seesRequest{Files: map[string]string{}}
+	for key, dir := range a.ownDirectories() {
+		f, err := os.CreateTemp(dir, tokenPrefix+"*")
+		if err != nil {
+			continue // a finding about this host
+		}
+		_ = f.Close()
+		defer func() { _ = os.Remove(f.Name()) }()
+		req.Files[key] = filepath.Base(f.Name())
+	}
+	var reply seesReply
+	err := conn.Call(ctx, methodSees, req, &reply)
+	return reply.Keys, err
+}
+
+// sees answers a peer's sharedDirectories.
+func (a *Agent) sees(r seesRequest) seesReply {
+	var reply seesReply
+	for key, dir := range a.ownDirectories() {
+		name := r.Files[key]
+		// The peer's word becomes part of a path.
+		if !strings.HasPrefix(name, tokenPrefix) || name != filepath.Base(name) {
+			continue
+		}
+		if _, err := os.Lstat(filepath.Join(dir, name)); err == nil {
+			reply.Keys = append(reply.Keys, key)
+		}
+	}
+	return reply
 }
 
 // examine is what this host tells of itself. It starts a QEMU, so that one at a
@@ -135,6 +198,8 @@ func (a *Agent) examine(ctx context.Context) doctor.Report {
 	}
 	cancel()
 	r.Findings = append(r.Findings, doctor.Storage(a.cfg.Host, a.cfg.Arbiter.Kind+" arbiter", took, err, a.cfg.Heartbeat.Timeout))
+	strangers, err := a.replicas.Strangers(ctx)
+	r.Findings = append(r.Findings, doctor.Strangers(a.cfg.Host, a.cfg.Clone.DiskDir, strangers.Hosts, strangers.Unproven, err)...)
 	return r
 }
 
@@ -159,6 +224,7 @@ func (a *Agent) doctorHandlers(from string) channel.Handlers {
 		methodClock: handler(func(context.Context, struct{}) (any, error) {
 			return clockReply{Now: time.Now(), Garbage: a.detect.Stats().Garbage}, nil
 		}),
+		methodSees: handler(func(_ context.Context, r seesRequest) (any, error) { return a.sees(r), nil }),
 		methodPoke: handler(func(ctx context.Context, r pokeRequest) (any, error) {
 			_, err := a.poke(ctx, from, r.Large)
 			return struct{}{}, err

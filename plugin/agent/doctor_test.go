@@ -6,6 +6,9 @@ import (
 	"context"
 	"errors"
 	"net"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -129,6 +132,60 @@ func TestDoctorOfAPair(t *testing.T) {
 		if f := got[check]; f.Level != doctor.Problem || !strings.Contains(f.Remedy, says) {
 			t.Errorf("%s: %+v", check, f)
 		}
+	}
+}
+
+// TestDoctorOfSharedDirectories: one for images is a risk, any other a fault.
+func TestDoctorOfSharedDirectories(t *testing.T) {
+	t.Parallel()
+	a, b := servingPair(t)
+	images := t.TempDir()
+	a.cfg.Clone.DiskDir, b.cfg.Clone.DiskDir = t.TempDir(), t.TempDir()
+	for _, a := range []*Agent{a, b} {
+		if err := os.MkdirAll(a.cfg.Agent.RunDir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	shared := func(want ...doctor.Level) string {
+		t.Helper()
+		findings, err := a.Doctor(t.Context(), "hostb")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var text string
+		var got []doctor.Level
+		for _, f := range findings {
+			if f.Check == "directories" {
+				got, text = append(got, f.Level), text+f.Text+"; "
+			}
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%v, want %v: %s", got, want, text)
+		}
+		return text
+	}
+	shared(doctor.OK)
+	// By another path, as where two hosts mount it in different places.
+	link := filepath.Join(t.TempDir(), "images")
+	if err := os.Symlink(images, link); err != nil {
+		t.Fatal(err)
+	}
+	a.cfg.Clone.DiskDir, b.cfg.Clone.DiskDir = images, link
+	if text := shared(doctor.Warning); !strings.Contains(text, "clone.disk_dir") {
+		t.Error(text)
+	}
+	b.cfg.Agent.StateDir, b.cfg.Agent.RunDir = a.cfg.Agent.StateDir, a.cfg.Agent.RunDir
+	if text := shared(doctor.Problem, doctor.Problem, doctor.Warning); !strings.Contains(text, "agent.state_dir") {
+		t.Error(text)
+	}
+	for _, dir := range []string{images, a.cfg.Agent.StateDir, a.cfg.Agent.RunDir} {
+		if left, err := filepath.Glob(filepath.Join(dir, tokenPrefix+"*")); err != nil || len(left) > 0 {
+			t.Errorf("left are %v, %v", left, err)
+		}
+	}
+	// A peer does not choose what is looked at.
+	if r := a.sees(seesRequest{Files: map[string]string{doctor.DiskDir: tokenPrefix + "/../../etc/passwd", "agent.run_dir": "../x"}}); len(r.Keys) > 0 {
+		t.Errorf("it sees %v", r.Keys)
 	}
 }
 

@@ -9,7 +9,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -220,6 +222,52 @@ func Storage(host, where string, took time.Duration, err error, timeout time.Dur
 		l.ok("arbiter-storage", fmt.Sprintf("%s answers in %s", where, rounded(took)))
 	}
 	return l.all[0]
+}
+
+// DiskDir is the one directory that hosts may share.
+const DiskDir = "clone.disk_dir"
+
+// Directories judges which of this host's directories, by the keys of ftvirt.toml, the
+// peer has as well.
+func Directories(host, peer string, ours map[string]string, shared []string) []Finding {
+	l := &list{host: host + " and " + peer}
+	for _, key := range slices.Sorted(maps.Keys(ours)) {
+		switch {
+		case !slices.Contains(shared, key):
+			continue
+		case key == DiskDir:
+			l.add("directories", Warning, fmt.Sprintf("%s, %s, is one directory on both: each host touches its own files only, but both copies of a domain are lost with it", key, ours[key]),
+				"give each host storage of its own, unless that storage cannot fail as a whole")
+		default:
+			l.add("directories", Problem, fmt.Sprintf("%s, %s, is one directory on both: each agent would take the other's files for its own", key, ours[key]),
+				"give each host a directory of its own, on a disk of its own")
+		}
+	}
+	if len(l.all) == 0 {
+		l.ok("directories", "the hosts share no directory")
+	}
+	return l.all
+}
+
+// Strangers judges the files in a host's clone.disk_dir that look like replicas and
+// that it did not make: those of other hosts, and those that nobody is known to use.
+func Strangers(host, dir string, hosts, unproven []string, err error) []Finding {
+	l := &list{host: host}
+	if err != nil {
+		l.add("replicas", Warning, err.Error(), "see "+DiskDir+" in ftvirt.toml, and 'systemctl status libvirtd'")
+	}
+	if len(hosts) > 0 {
+		l.add("replicas", Warning, fmt.Sprintf("%s has replicas of %s too: it is shared, and both copies of a domain are lost with it", dir, strings.Join(hosts, ", ")),
+			"give each host storage of its own, unless that storage cannot fail as a whole")
+	}
+	if len(unproven) > 0 {
+		l.add("replicas", Warning, fmt.Sprintf("this host cannot prove that it made %s, and leaves them alone: they may be of an earlier version", strings.Join(unproven, ", ")),
+			"delete them by hand, once you know that no domain of any host uses them")
+	}
+	if len(l.all) == 0 {
+		l.ok("replicas", "all replicas in "+dir+" are this host's")
+	}
+	return l.all
 }
 
 // Unreachable is the finding about a peer that could not be asked.

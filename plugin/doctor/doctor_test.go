@@ -217,3 +217,29 @@ func TestStorage(t *testing.T) {
 		}
 	}
 }
+
+func TestStrangers(t *testing.T) {
+	t.Parallel()
+	for name, tc := range map[string]struct {
+		hosts, files []string
+		err          error
+		says         []string
+	}{
+		"own":         {says: []string{"all replicas"}},
+		"shared":      {hosts: []string{"hostb", "hostc"}, says: []string{"hostb, hostc"}},
+		"old":         {files: []string{"/images/ftvirt-x"}, says: []string{"/images/ftvirt-x"}},
+		"both":        {hosts: []string{"hostb"}, files: []string{"/images/ftvirt-x"}, says: []string{"hostb", "/images/ftvirt-x"}},
+		"cannot tell": {err: errors.New("libvirt is down"), says: []string{"libvirt is down"}},
+	} {
+		got := Strangers("hosta", "/images", tc.hosts, tc.files, tc.err)
+		if len(got) != len(tc.says) {
+			t.Errorf("%s: %+v", name, got)
+			continue
+		}
+		for i, says := range tc.says {
+			if f := got[i]; !strings.Contains(f.Text, says) || (f.Level == OK) != (name == "own") || (f.Remedy == "") != (f.Level == OK) {
+				t.Errorf("%s: %+v", name, f)
+			}
+		}
+	}
+}
