@@ -18,7 +18,7 @@ install -m 0755 "$here/ftvirt" "$dir/agent"
 touch "$dir/ftvirt.toml"
 
 # What is in now: active (libvirt has the domain running), role, state, peer, annotation, and
-# switches: no-libvirt, no-agent, refuse-start, deaf (does not shut down),
+# switches: hung (virsh is stopped, and so never ends), no-libvirt, no-agent, refuse-start, deaf (does not shut down),
 # stays (does not fail over). log has what was asked for.
 cat >"$dir/bin/virsh" <<'VIRSH'
 #!/bin/sh
@@ -26,6 +26,7 @@ cd "$NOW"
 [ "$1 $2 $3" = "-q -c test:///ft" ] || { echo "virsh $*" >>unexpected; exit 1; }
 shift 3
 [ "$1" = list ] || [ "$1" = metadata ] || echo "virsh $1" >>log
+[ ! -e hung ] || kill -STOP $$
 [ -e no-libvirt ] && read -r left <no-libvirt
 [ "${left:-}" != 0 ] || rm no-libvirt
 [ -z "${left:-}" ] || [ "$left" = 0 ] || echo $((left - 1)) >no-libvirt
@@ -124,6 +125,15 @@ now primary live; echo >"$NOW/no-agent"; echo "<pair role='backup'/>" >"$NOW/ann
 expect 7 '' monitor OCF_RESKEY_CRM_meta_interval=0
 now primary live; echo >"$NOW/no-agent"; echo "<pair mode='protected'/>" >"$NOW/annotation"
 expect 0 '' monitor OCF_RESKEY_CRM_meta_interval=0
+
+# A libvirtd that hangs is no reason to stop what runs, and nothing waits for it
+# beyond the operation's limit.
+now primary protected hostb; touch "$NOW/hung"; expect 0 '' monitor
+now backup protected hosta; touch "$NOW/hung"; expect 7 '' monitor
+now none unprotected; touch "$NOW/hung"; expect 1 '' monitor
+now primary protected hostb; touch "$NOW/hung" "$NOW/no-agent"; expect 1 '' monitor
+now primary protected hostb; touch "$NOW/hung"; expect 1 'virsh shutdown,virsh destroy' stop
+now backup protected hosta; touch "$NOW/hung"; expect 0 '' stop
 
 now; expect 0 'virsh start' start
 now primary live; expect 0 '' start
