@@ -65,9 +65,15 @@ func Chaos(ctx context.Context, o Options) error {
 		if err == nil {
 			err = r.chaosFor(ctx, r.Length, p, sum)
 		}
+		if err == nil && sum.faults == 0 {
+			err = fmt.Errorf("%w: there was time for none, or there is none like %v", errNoFault, o.Only)
+		}
 		return fmt.Sprintf("%s seed=%d", sum, o.Seed), err
 	})
 }
+
+// errNoFault is wrapped when nothing went wrong that should have.
+var errNoFault = errors.New("no fault")
 
 // chaosFor lets things go wrong in a lab of their own.
 func (r *run) chaosFor(ctx context.Context, length time.Duration, p *plan, sum *tally) error {
@@ -177,9 +183,9 @@ func percentile(list []time.Duration, of int) time.Duration {
 // rage makes steps until the time is over.
 func (s *storm) rage(ctx context.Context, length time.Duration) error {
 	for begin := time.Now(); time.Since(begin) < length-lastStep; {
-		step, err := s.wanted()
-		if err != nil {
-			return err
+		step, ok := s.wanted()
+		if !ok {
+			return nil
 		}
 		if err := s.step(ctx, s.plan.steps, step); err != nil {
 			return fmt.Errorf("step %d (%s): %w", s.plan.steps, step.Main, err)
@@ -188,16 +194,17 @@ func (s *storm) rage(ctx context.Context, length time.Duration) error {
 	return nil
 }
 
-// wanted gives the next step that has a fault of which Only tells.
-func (s *storm) wanted() (Step, error) {
+// wanted gives the next step that has a fault of which Only tells; false if the
+// plan has none.
+func (s *storm) wanted() (Step, bool) {
 	const most = 1000
 	for range most {
 		step := s.plan.next()
 		if s.Only == nil || slices.ContainsFunc(step.Faults(), func(f Fault) bool { return s.Only.MatchString(f.String()) }) {
-			return step, nil
+			return step, true
 		}
 	}
-	return Step{}, fmt.Errorf("none of %d steps has a fault like %q", most, s.Only)
+	return Step{}, false
 }
 
 // step lets one step's faults happen, and waits until all is well again.
