@@ -396,9 +396,17 @@ func (h *Host) Crash(ctx context.Context) error {
 // powerOffLimit is how long a host that ends waits for its processes.
 const powerOffLimit = 5 * time.Second
 
-// PowerOff ends the host as systemd does last of all: it asks each process to
-// end, kills what is left, and cuts the power.
+// PowerOff ends the host as systemd does: it stops ftvirt-handover.service first,
+// asks each process to end, kills what is left, and cuts the power. No
+// libvirt-guests shuts domains down.
 func (h *Host) PowerOff(ctx context.Context) error {
+	if h.has("ftvirt") && !h.lab.state.NoAgent {
+		// The host stops whatever comes of it.
+		_, _ = h.Exec(ctx, filepath.Join(BinDir, "ftvirt"), "handover", "--config", configFile, "--timeout", "20s")
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	// The shell asks itself and process 1 not.
 	if _, err := h.kill(ctx, unix.SIGTERM, everything); err != nil {
 		return err
