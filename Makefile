@@ -26,6 +26,8 @@
 # make soak-crash N=10       crash the primary's host again and again (root)
 # make soak-clone N=200      make and discard backups again and again (root)
 # make soak-plugin N=100     clone, pause and reset again and again, without libvirt
+# make soak-boot N=200       fail over at random instants of reboots and power-offs, without
+#                       libvirt; SEED=5 repeats a run
 # make soak-storage N=5      race for epochs on NFS and iSCSI, N times as long as in the tests (root)
 # make bench-quick           what protection costs, in at most 6 minutes (root)
 # make bench                 all of it, with COLO beside it, in at most 40 (root)
@@ -51,7 +53,8 @@ GOFILES = $(shell git ls-files --cached --others --exclude-standard '*.go')
 CFILES = $(shell git ls-files --cached --others --exclude-standard 'plugin/lab/*.c')
 SHFILES = .ci/run contrib/ocf/ftvirt $(shell git ls-files --cached --others --exclude-standard '*.sh')
 
-# Of chaos: what its faults follow from, and how long they last.
+# Of chaos: what its faults follow from, and how long they last. The first is
+# soak-boot's as well.
 SEED = 1
 MINUTES = 5
 
@@ -83,7 +86,7 @@ list_tests = $(GO) list -tags $(TAGS) -f '{{.ImportPath}} {{join .TestImports " 
 UNIT = $$($(list_tests) | grep -Ev ' $(REAL)( |$$)' | cut -d' ' -f1)
 LAB = $$($(list_tests) | grep -E ' $(REAL)( |$$)' | cut -d' ' -f1)
 
-.PHONY: build/deb/newer all deps build test unit-test lab-test test-security test-faults test-shared-dir demo soak-failover soak-crash soak-clone soak-plugin soak-storage chaos bench bench-quick fuzz lint vuln clean build/guest build/debian docs deb test-deb test-docs test-real test-web test-orchestration
+.PHONY: build/deb/newer all deps build test unit-test lab-test test-security test-faults test-shared-dir demo soak-failover soak-crash soak-clone soak-plugin soak-boot soak-storage chaos bench bench-quick fuzz lint vuln clean build/guest build/debian docs deb test-deb test-docs test-real test-web test-orchestration
 
 all: build
 
@@ -221,6 +224,11 @@ soak-plugin: N ?= 100
 soak-plugin: build build/guest
 	$(GO) test -tags $(TAGS) -count 1 -timeout 0 -v ./plugin/qemu/plugintest -run 'TestClone|TestPause|TestReset' \
 		-clones $(N) -every 2 -pauses $(N) -resets $$(( ($(N) + 4) / 5 ))
+
+# Failures leave their logs in build/evidence.
+soak-boot: build build/guest
+	$(GO) test -tags $(TAGS) -count 1 -timeout 0 -v ./plugin/qemu/plugintest -run 'TestBoot$$' \
+		-boots $(or $(N),200) -seed $(SEED) -keep $(CURDIR)/build/evidence/soak-boot
 
 soak-storage: build build/guest
 	$(GO) test -tags $(TAGS) -v -count 1 -timeout 60m ./arbiter/storagetest -soak $(or $(N),5)

@@ -120,5 +120,5 @@ bool ft_check(const char **why)
     }
     return check_replay_state(why) && check_timers_state(why) &&
            ft_pause_init(why) && ft_digest_init(why) &&
-           ft_look_init(why) && ft_gate_init(why);
+           ft_look_init(why) && ft_reset_init(why) && ft_gate_init(why);
 }

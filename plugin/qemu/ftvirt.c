@@ -142,7 +142,7 @@ int qemu_plugin_install(uint64_t id, const void *info, int argc, char **argv)
         ft_report("not loaded: %s", why);
         return -1;
     }
-    ft.main_context = q.qemu_get_aio_context();
+    ft.main_context = q.iohandler_get_aio_context();
     ft_mode_init();
     ft_power_init();
     if (!ft_control_init()) {

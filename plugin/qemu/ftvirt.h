@@ -84,7 +84,9 @@ struct ft_state {
     uint8_t uuid[16];
     bool backup;
     int qemu_major, qemu_minor, qemu_micro;
-    void *main_context; /* AioContext of the main loop */
+    /* AioContext of the main loop alone: what is scheduled in the usual one may
+     * run in the vCPU's thread, while that waits for a disk (aio_poll). */
+    void *main_context;
     ssize_t (*filter_next)(void *, void *, unsigned, const void *, int, void *);
 
     /* Guards everything below it. Never held while QEMU code is called. */
@@ -187,12 +189,16 @@ void ft_mode_schedule_tick(void);
 void ft_disks_quiesce(void);
 bool ft_disks_busy(void);
 void ft_disks_resume(void);
+bool ft_disks_in_flight(void);
 void ft_go_live(void);
 
 /* gate.c: the output rule. */
 bool ft_gate_init(const char **why);
 void ft_gate_release(void);
 bool ft_in_qemu(const void *f); /* a function of QEMU's own */
+
+/* reset.c: resets of devices wait for disks. */
+bool ft_reset_init(const char **why);
 
 /* announce.c: the guest's cards, once it is live. */
 void ft_announce(void);

@@ -61,16 +61,6 @@ bool ft_look_init(const char **why)
     return false;
 }
 
-static bool in_flight(void)
-{
-    bool found;
-
-    ft_disks_quiesce();
-    found = ft_disks_busy();
-    ft_disks_resume();
-    return found;
-}
-
 static bool wanted(void)
 {
     bool now;
@@ -90,7 +80,8 @@ static bool wanted(void)
 static void hold(void *opaque)
 {
     (void)opaque;
-    if (!wanted() || !q.runstate_is_running() || in_flight()) {
+    if (!wanted() || !q.runstate_is_running() ||
+        ft_disks_in_flight()) {
         return;
     }
     q.vm_stop(Q_RUN_STATE_PAUSED);
@@ -232,7 +223,7 @@ static void look(void *opaque)
 {
     struct look *l = opaque;
 
-    if (in_flight()) {
+    if (ft_disks_in_flight()) {
         l->flags |= FT_LOOK_BUSY;
     } else {
         write_back();

@@ -6,7 +6,6 @@
  * is go-live, which happens inside a read (stream.c).
  */
 #include <string.h>
-#include <time.h>
 
 #include "ftvirt.h"
 
@@ -382,46 +381,14 @@ bool ft_disks_busy(void)
     return false;
 }
 
-/* How long to wait for a disk, or for the log, before looking again. */
-#define RESET_POLL_NS 100000
-
-/*
- * First of all reset handlers. A disk's own handler waits for its requests, and
- * their completions wait for the vCPU thread, which takes them from the log or
- * puts them there, and which is paused: it would wait for ever. Both sides have
- * the same requests in flight, so they take as many completions here.
- *
- * Nor may it be left to the paused vCPU thread whether the time for which the
- * guest was idle is added to its clock before the devices are reset, which set
- * their timers by that clock, or after. The log's CHECKPOINT_RESET, of which
- * QEMU itself makes no use after its start, tells what belongs before.
- */
-static void prepare_reset(void *opaque)
+bool ft_disks_in_flight(void)
 {
-    const struct timespec moment = { .tv_nsec = RESET_POLL_NS };
-    bool in_flight;
+    bool found;
 
-    (void)opaque;
-    if (!ft.started || *q.replay_mode == Q_REPLAY_NONE ||
-        !q.replay_mutex_locked()) {
-        return;
-    }
     ft_disks_quiesce();
-    for (;;) {
-        if (q.runstate_is_running()) {
-            q.icount_account_warp_timer(); /* and events, as below */
-        } else {
-            q.replay_async_events();
-        }
-        in_flight = ft_disks_busy();
-        if (!in_flight && q.replay_checkpoint(Q_CHECKPOINT_RESET)) {
-            break;
-        }
-        if (!q.aio_poll(ft.main_context, false)) {
-            nanosleep(&moment, NULL);
-        }
-    }
+    found = ft_disks_busy();
     ft_disks_resume();
+    return found;
 }
 
 /*
@@ -506,6 +473,5 @@ void ft_mode_init(void)
     q.qemu_add_vm_change_state_handler_prio(starting, NULL, INT_MIN);
     q.qemu_add_vm_change_state_handler_prio(stopping, NULL, INT_MAX);
     q.migration_add_notifier(&notifier, migration_ended);
-    q.qemu_register_reset(prepare_reset, NULL);
     q.main_loop_poll_add_notifier(&poll_notifier);
 }

@@ -100,6 +100,7 @@ enum { Q_MAIN_LOOP_POLL_FILL = 0, Q_MAIN_LOOP_POLL_OK = 2 };
     X(void, bdrv_drained_end, (void *), "the end of that") \
     X(bool, bdrv_drain_poll, (void *, void *, bool), "whether one has requests in flight") \
     X(void, replay_add_input_sync_event, (void), "an event that does nothing: a paused guest logs no other") \
+    X(void, replay_account_executed_instructions, (void), "a backup's vCPU is where the log has a completion") \
     X(void, replay_async_events, (void), "takes completions from the log, or puts them there") \
     X(void, icount_account_warp_timer, (void), "the guest's clock is the same on both sides when devices are reset") \
     X(bool, replay_checkpoint, (int), "marks in the log where devices are reset") \
@@ -132,7 +133,8 @@ enum { Q_MAIN_LOOP_POLL_FILL = 0, Q_MAIN_LOOP_POLL_OK = 2 };
     X(void, replay_register_char_driver, (void *chr), "libvirt's -chardev is not recorded otherwise") \
     X(void, bql_lock_impl, (const char *file, int line), "QEMU's big lock") \
     X(void, bql_unlock, (void), "QEMU's big lock") \
-    X(void *, qemu_get_aio_context, (void), "main loop, to run things in it") \
+    X(void *, qemu_get_aio_context, (void), "the disks' loop, to let requests complete") \
+    X(void *, iohandler_get_aio_context, (void), "main loop, to run things in it and in no other thread") \
     X(void, aio_bh_schedule_oneshot_full, (void *ctx, void (*cb)(void *), void *opaque, const char *name), "runs things in the main loop") \
     X(struct q_announce_parameters *, migrate_announce_params, (void), "shows how they lie") \
     X(void, qmp_announce_self, (struct q_announce_parameters *params, void **errp), "switches learn where the guest is now") \
@@ -160,7 +162,7 @@ enum { Q_MAIN_LOOP_POLL_FILL = 0, Q_MAIN_LOOP_POLL_OK = 2 };
     X(int, qemu_find_net_clients_except, (const char *id, void **ncs, int type, int max), "NICs whose queues are emptied") \
     X(void, qemu_purge_queued_packets, (void *nc), "packets queued while stopped were not recorded") \
     X(ssize_t, qemu_netfilter_pass_to_next, (void *sender, unsigned flags, const void *iov, int iovcnt, void *nf), "lets a gated packet go") \
-    X(void *, object_class_by_name, (const char *name), "class filter-replay, for the gate") \
+    X(void *, object_class_by_name, (const char *name), "classes filter-replay, for the gate, and virtio-blk-device, for its reset") \
     X(void *, object_resolve_path, (const char *path, bool *ambiguous), "chardevs and virtio devices") \
     X(int, object_child_foreach, (void *obj, int (*f)(void *, void *), void *opaque), "chardevs") \
     X(int, object_child_foreach_recursive, (void *obj, int (*f)(void *, void *), void *opaque), "virtio devices") \

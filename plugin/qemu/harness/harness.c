@@ -132,7 +132,7 @@ bool ft_check(const char **why)
         .replay_save_instructions = nothing, .replay_fetch_data_kind = nothing,
         .qemu_notify_event = nothing, .cpu_get_clock_locked = clock_0,
         .bql_lock_impl = lock_bql, .bql_unlock = unlock_bql,
-        .qemu_get_aio_context = context, .aio_bh_schedule_oneshot_full = bh,
+        .iohandler_get_aio_context = context, .aio_bh_schedule_oneshot_full = bh,
         .object_class_by_name = class_by_name,
         .qemu_netfilter_pass_to_next = pass, .replay_state = &replay_state,
         .timers_state = &timers_state, .replay_mode = &replay_mode_value,

@@ -47,6 +47,7 @@ const domain = "11111111-2222-3333-4444-555555555555"
 type machine struct {
 	t      testing.TB
 	dir    string
+	ports  map[uint16]uint16 // of the guest, and where they are reached
 	cmd    *exec.Cmd
 	done   chan struct{}
 	err    error // of QEMU, once done
@@ -156,11 +157,15 @@ func (m *machine) XML(context.Context, plugin.UUID, bool) (string, error) {
 }
 
 type bed struct {
-	t      testing.TB
-	dir    string
-	guest  guest.Artifacts
-	accept map[string]chan *control.Session // by role
-	ports  map[uint16]uint16
+	t       testing.TB
+	dir     string
+	guest   guest.Artifacts
+	accept  map[string]chan *control.Session // by role
+	ports   map[uint16]uint16                // the primary's
+	params  string                           // of the guest's kernel
+	devices func(dir string) []string        // more of them, as arguments
+	// reach makes the guest of a backup that went live be reached as well.
+	reach bool
 }
 
 func newBed(t testing.TB) *bed {
@@ -175,10 +180,7 @@ func newBed(t testing.TB) *bed {
 	}
 	b := &bed{t: t, dir: t.TempDir(), guest: art, accept: map[string]chan *control.Session{
 		"primary": make(chan *control.Session, 1), "backup": make(chan *control.Session, 1),
-	}, ports: map[uint16]uint16{}}
-	for _, p := range []uint16{guest.PortEcho, guest.PortControl, guest.PortHash} {
-		b.ports[p] = freePort(t)
-	}
+	}, ports: freePorts(t), devices: func(string) []string { return nil }}
 	l, err := control.Listen(b.socket())
 	if err != nil {
 		t.Fatal(err)
@@ -199,6 +201,14 @@ func newBed(t testing.TB) *bed {
 
 func (b *bed) socket() string { return filepath.Join(b.dir, "plugin.sock") }
 
+func freePorts(t testing.TB) map[uint16]uint16 {
+	ports := map[uint16]uint16{}
+	for _, p := range []uint16{guest.PortEcho, guest.PortControl, guest.PortHash} {
+		ports[p] = freePort(t)
+	}
+	return ports
+}
+
 func freePort(t testing.TB) uint16 {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -213,11 +223,16 @@ func (b *bed) start(ctx context.Context, name, role string, extra ...string) (*m
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	fwd := ""
-	if role == "primary" {
-		for g, h := range b.ports {
-			fwd += fmt.Sprintf(",hostfwd=tcp:127.0.0.1:%d-10.0.2.15:%d", h, g)
+	ports := b.ports
+	if role == "backup" {
+		ports = nil
+		if b.reach {
+			ports = freePorts(b.t)
 		}
+	}
+	fwd := ""
+	for g, h := range ports {
+		fwd += fmt.Sprintf(",hostfwd=tcp:127.0.0.1:%d-10.0.2.15:%d", h, g)
 	}
 	so, err := filepath.Abs("../../../bin/ftvirt.so")
 	if err != nil {
@@ -229,7 +244,7 @@ func (b *bed) start(ctx context.Context, name, role string, extra ...string) (*m
 		"-icount", "shift=2,rr=record,rrfile=/dev/null",
 		"-plugin", "file=" + so + ",socket=" + b.socket() + ",uuid=" + domain + ",role=" + role,
 		"-kernel", b.guest.Kernel, "-initrd", b.guest.Initrd,
-		"-append", "console=ttyS0 quiet ip=10.0.2.15/24,10.0.2.2",
+		"-append", "console=ttyS0 quiet ip=10.0.2.15/24,10.0.2.2 " + b.params,
 		"-chardev", "file,id=charserial0,path=" + dir + "/console", "-device", "isa-serial,chardev=charserial0",
 		"-blockdev", `{"driver":"file","filename":"` + dir + `/disk.raw","node-name":"libvirt-1-storage"}`,
 		"-blockdev", `{"driver":"blkreplay","node-name":"ftvirt-rr-0","image":"libvirt-1-storage"}`,
@@ -240,8 +255,8 @@ func (b *bed) start(ctx context.Context, name, role string, extra ...string) (*m
 		"-object", "filter-replay,id=ftvirt-nf-0,netdev=hostnet0",
 		"-qmp", "unix:" + dir + "/qmp.sock,server=on,wait=off",
 	}
-	args = append(args, extra...)
-	m := &machine{t: b.t, dir: dir, done: make(chan struct{}), changed: make(chan struct{}), digests: map[plugin.Position]control.Digest{}, memory: map[string]string{}}
+	args = append(append(args, b.devices(dir)...), extra...)
+	m := &machine{t: b.t, dir: dir, ports: ports, done: make(chan struct{}), changed: make(chan struct{}), digests: map[plugin.Position]control.Digest{}, memory: map[string]string{}}
 	stderr, err := os.Create(filepath.Join(dir, "stderr"))
 	if err != nil {
 		return nil, err
@@ -330,7 +345,11 @@ type pair struct {
 	// poison is fed once, after the first of the log: events that the primary
 	// never logged.
 	poison []byte
-	extra  plugin.Position // bytes of it that were fed
+	// onEvent is told of each event of the log; of the log, no more than up to
+	// limit is fed, if there is one.
+	onEvent func(*rrlog.Event)
+	limit   *plugin.Position
+	extra   plugin.Position // bytes of it that were fed
 }
 
 func (p *pair) Call(ctx context.Context, method string, in, out any) error {
@@ -356,7 +375,9 @@ func (p *pair) Call(ctx context.Context, method string, in, out any) error {
 		if err := b.plugin.Welcome(p.epoch, 0); err != nil {
 			return err
 		}
-		go func() { _ = b.plugin.Run(context.Background(), b.handler()) }()
+		h := b.handler()
+		h.Log = p.append // once it is the primary
+		go func() { _ = b.plugin.Run(context.Background(), h) }()
 		go p.feed(b)
 		err = b.Monitor(ctx, none, "nbd-server-start", map[string]any{
 			"addr": map[string]any{"type": "unix", "data": map[string]any{"path": b.dir + "/nbd.sock"}}}, nil)
@@ -424,6 +445,9 @@ func (p *pair) feed(b *machine) {
 	defer p.mu.Unlock()
 	for p.b == b || p.b == nil {
 		end := p.dec.Boundary()
+		if p.limit != nil {
+			end = min(end, *p.limit)
+		}
 		switch {
 		case p.fed < end:
 			chunk := append([]byte(nil), p.log[p.fed:end]...)
@@ -456,8 +480,12 @@ func (p *pair) begin() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.epoch++
-	p.b, p.log, p.fed, p.over = nil, nil, 0, false
-	p.dec = rrlog.NewDecoder(layout)
+	p.b, p.log, p.fed, p.over, p.limit = nil, nil, 0, false, nil
+	p.dec = rrlog.NewDecoder(layout, rrlog.OnEvent(func(e *rrlog.Event) {
+		if p.onEvent != nil {
+			p.onEvent(e)
+		}
+	}))
 }
 
 func dial(ports map[uint16]uint16) guest.DialFunc {
@@ -471,33 +499,12 @@ func dial(ports map[uint16]uint16) guest.DialFunc {
 func boot(ctx context.Context, t *testing.T) *pair {
 	t.Helper()
 	b := newBed(t)
-	if err := b.guest.NewDisk(ctx, filepath.Join(mkdir(t, b.dir, "a"), "disk.raw"), "raw"); err != nil {
-		t.Fatal(err)
-	}
-	a, err := b.start(ctx, "a", "primary")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(a.kill)
-	p := &pair{bed: b, a: a}
+	p := &pair{bed: b}
 	p.cond = sync.NewCond(&p.mu)
-	if err := a.plugin.Welcome(0, 0); err != nil {
+	if err := p.power(ctx, t, "a"); err != nil {
 		t.Fatal(err)
 	}
-	h := a.handler()
-	h.Log = p.append
-	go func() {
-		if err := a.plugin.Run(ctx, h); err != nil && !errors.Is(err, io.EOF) && ctx.Err() == nil {
-			t.Errorf("plugin of the primary: %v", err)
-		}
-	}()
-	if err := a.Monitor(ctx, plugin.UUID{}, "cont", nil, nil); err != nil {
-		t.Fatal(err)
-	}
-	c := guest.Client{Dial: dial(b.ports), Address: netip.MustParseAddr("10.0.2.15")}
-	if err := c.WaitReady(ctx); err != nil {
-		t.Fatal(err)
-	}
+	c := p.a.guest()
 	if err := c.StartLines(ctx, 10); err != nil {
 		t.Fatal(err)
 	}
@@ -506,6 +513,37 @@ func boot(ctx context.Context, t *testing.T) *pair {
 	}
 	go p.echo(ctx)
 	return p
+}
+
+// power starts a primary with a new disk, and waits for its guest.
+func (p *pair) power(ctx context.Context, t *testing.T, name string) error {
+	if err := p.bed.guest.NewDisk(ctx, filepath.Join(mkdir(t, p.dir, name), "disk.raw"), "raw"); err != nil {
+		return err
+	}
+	a, err := p.start(ctx, name, "primary")
+	if err != nil {
+		return err
+	}
+	t.Cleanup(a.kill)
+	p.a = a
+	if err := a.plugin.Welcome(0, 0); err != nil {
+		return err
+	}
+	h := a.handler()
+	h.Log = p.append
+	go func() {
+		if err := a.plugin.Run(context.Background(), h); err != nil && !errors.Is(err, io.EOF) && ctx.Err() == nil {
+			t.Errorf("plugin of the primary: %v", err)
+		}
+	}()
+	if err := a.Monitor(ctx, plugin.UUID{}, "cont", nil, nil); err != nil {
+		return err
+	}
+	return a.guest().WaitReady(ctx)
+}
+
+func (m *machine) guest() guest.Client {
+	return guest.Client{Dial: dial(m.ports), Address: netip.MustParseAddr("10.0.2.15")}
 }
 
 // clone makes the backup of the epoch that was begun.
