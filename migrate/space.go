@@ -34,15 +34,24 @@ func (r *Receiver) checkSpace() error {
 		}
 		missing += max(0, wants(r.disks[i])-allocated(info))
 	}
-	var fs syscall.Statfs_t
-	if err := syscall.Statfs(r.Replicas.Dir, &fs); err != nil {
-		return fmt.Errorf("%s: %w", r.Replicas.Dir, err)
+	free, err := Free(r.Replicas.Dir)
+	if err != nil {
+		return err
 	}
-	if free := int64(fs.Bavail) * fs.Bsize; free < missing {
+	if free < missing {
 		return fmt.Errorf("%w: %s has %d MiB left, and they may take %d MiB; make room there, or name another directory as clone.disk_dir",
 			ErrSpace, r.Replicas.Dir, free>>20, missing>>20)
 	}
 	return nil
+}
+
+// Free is how much room there is in a directory, in bytes.
+func Free(dir string) (int64, error) {
+	var fs syscall.Statfs_t
+	if err := syscall.Statfs(dir, &fs); err != nil {
+		return 0, fmt.Errorf("%s: %w", dir, err)
+	}
+	return int64(fs.Bavail) * fs.Bsize, nil
 }
 
 // allocated is what a file takes of its storage.

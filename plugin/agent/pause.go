@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"time"
 
+	"ftvirt.org/ftvirt/migrate"
 	"ftvirt.org/ftvirt/plugin/control"
 	"ftvirt.org/ftvirt/plugin/pair"
 	"ftvirt.org/ftvirt/plugin/virt"
@@ -94,6 +95,10 @@ func (a *Agent) diskFailed(e virt.DiskError) {
 	}
 }
 
+// leastRoom is how much room there must be for a copy, paused for want of it, to
+// be worth another try.
+const leastRoom = 8 << 20
+
 // resumePaused lets a copy try again that is to go live and is paused.
 func (d *domain) resumePaused(ctx context.Context, v *vm) {
 	d.mu.Lock()
@@ -109,13 +114,17 @@ func (d *domain) resumePaused(ctx context.Context, v *vm) {
 			d.resuming = false
 			d.mu.Unlock()
 		}()
-		if v == nil || v.reports().pause == "" {
+		if v == nil {
 			return
+		}
+		why := v.reports().pause
+		if free, err := migrate.Free(d.a.cfg.Clone.DiskDir); why == "" || why == control.PauseIOError && err == nil && free < leastRoom {
+			return // it would only fail once more
 		}
 		ctx, cancel := context.WithTimeout(ctx, controlTimeout)
 		defer cancel()
 		if err := d.a.virt.Resume(ctx, d.id); err != nil {
-			d.a.log.Warn("the copy that is to go live cannot go on", "domain", d.label(), "paused_by", v.reports().pause, "error", err)
+			d.a.log.Warn("the copy that is to go live cannot go on", "domain", d.label(), "paused_by", why, "error", err)
 		}
 	})
 }

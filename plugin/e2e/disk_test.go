@@ -131,3 +131,50 @@ func noDivergence(t *testing.T, b *scenario.Bed, vm *scenario.VM, h *lab.Host) {
 		return nil
 	}))
 }
+
+// The primary dies before it can give its backup up, whose disk is full: the copy
+// is held, whatever the time, until there is room. Then the requests that failed
+// are done, and it goes live as the guest that its primary was.
+func TestBackupDiskFullAlone(t *testing.T) {
+	b, hosta, hostb := bed(t)
+	smallImages(t, hostb)
+	vm, traffic := protected(t, b, hosta, hostb)
+	// The primary cannot decide the epoch, else it would have by then.
+	heal, err := hosta.DisturbStorage(t.Context(), lab.StorageAway, 0)
+	must(t, err)
+	mended := false
+	mend := func() {
+		if !mended {
+			mended = true
+			must(t, heal(context.WithoutCancel(t.Context())))
+		}
+	}
+	t.Cleanup(mend)
+	free := filled(t, hostb)
+	_, err = b.Wait(t.Context(), hostb, vm.Name, "the backup to be paused", 20*time.Second,
+		func(s client.Status) (bool, error) { return s.Paused == "io-error", nil })
+	must(t, err)
+	killed, err := vm.KillQEMU(t.Context(), hosta)
+	must(t, err)
+	mend()
+	s, err := b.Wait(t.Context(), hostb, vm.Name, "the backup to tell what it needs", 5*time.Second,
+		func(s client.Status) (bool, error) { return s.State == "going-live" && s.Reason == "io-error", nil })
+	must(t, err)
+	t.Logf("%v after the kill: %s", time.Since(killed), s)
+	must(t, scenario.Pause(t.Context(), 35*time.Second))
+	if s, err = b.Agent(hostb).StatusOf(t.Context(), vm.Name); err != nil || s.State != "going-live" || s.Paused != "io-error" {
+		t.Fatalf("the copy is not held: %s (%v)", s, err)
+	}
+	free()
+	freed := time.Now()
+	_, err = b.WaitState(t.Context(), hostb, vm.Name, "live", 15*time.Second)
+	must(t, err)
+	if _, err := traffic.WaitReply(t.Context(), freed, 90*time.Second); err != nil { // the client's TCP has backed off
+		t.Error(err)
+	}
+	must(t, b.WaitGone(t.Context(), hosta, vm.Name))
+	must(t, traffic.Stop())
+	lines, err := vm.Verify(t.Context(), hosta, hostb)
+	t.Logf("%+v", lines)
+	must(t, err)
+}

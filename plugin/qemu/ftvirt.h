@@ -170,6 +170,7 @@ void ft_ring_put(const uint8_t *from, size_t len);
 void ft_replay_begin(void);
 void ft_replay_yield(void);
 void ft_replay_return(void);
+bool ft_replay_insert(uint64_t id, unsigned count);
 
 bool ft_for_vcpu(uint8_t kind);
 
@@ -191,6 +192,9 @@ bool ft_disks_busy(void);
 void ft_disks_resume(void);
 bool ft_disks_in_flight(void);
 void ft_go_live(void);
+
+/* retry.c: disk requests that failed on a backup. */
+void ft_retry(void);
 
 /* gate.c: the output rule. */
 bool ft_gate_init(const char **why);

@@ -298,11 +298,13 @@ static void starting(void *opaque, bool running, int state)
     pthread_mutex_unlock(&ft.lock);
 }
 
-/* First of all handlers when the VM stops, priority INT_MAX. */
+/* First of all handlers when the VM stops, last when it starts, priority
+ * INT_MAX. */
 static void stopping(void *opaque, bool running, int state)
 {
     (void)opaque;
     if (running) {
+        ft_retry();
         return;
     }
     stopped(state);

@@ -231,6 +231,56 @@ static struct {
     uint32_t packet_left;
 } event;
 
+/* Events of ours that go before what is left of the log, see retry.c. */
+#define INSERTED_MOST 256
+#define ID_BYTES 8
+static struct {
+    uint8_t bytes[(1 + ID_BYTES) * (INSERTED_MOST + 1)];
+    size_t len, at;
+} inserted;
+
+static void insert(uint64_t v, size_t bytes)
+{
+    while (bytes--) {
+        inserted.bytes[inserted.len++] = (uint8_t)(v >> (8 * bytes));
+    }
+}
+
+/*
+ * Puts completions of disk requests, whose numbers begin at id, before the event
+ * that QEMU has begun to read. What it has read of that is given to it again.
+ * Nobody reads now. false if they are too many.
+ */
+bool ft_replay_insert(uint64_t id, unsigned count)
+{
+    struct q_replay_state *s = q.replay_state;
+    uint64_t begun = s->read_event_id;
+    size_t rest = inserted.len - inserted.at;
+
+    if (!count) {
+        return true;
+    }
+    if (count > INSERTED_MOST || rest || !s->has_unread_data) {
+        return false;
+    }
+    inserted.len = inserted.at = 0;
+    for (unsigned i = 1; i < count; i++) {
+        insert(FT_BLOCK_KIND, 1);
+        insert(id + i, ID_BYTES);
+    }
+    insert(s->data_kind, 1);
+    if (s->data_kind == INSTRUCTION_KIND) {
+        insert(s->instruction_count, INSTRUCTION_BYTES);
+    } else if (begun != UINT64_MAX) {
+        insert(begun, ID_BYTES);
+    }
+    s->data_kind = FT_BLOCK_KIND;
+    s->instruction_count = 0;
+    s->read_event_id = id;
+    ft_loop_next(FT_BLOCK_KIND);
+    return true;
+}
+
 static size_t wanted(bool kind, size_t size)
 {
     if (kind || event.count_left || event.header_left || !event.packet_left) {
@@ -285,6 +335,12 @@ static ssize_t replay_read(void *cookie, char *buf, size_t size)
         *buf = PLACEHOLDER_KIND;
         return 1;
     }
+    if (inserted.at < inserted.len) {
+        pthread_mutex_unlock(&ft.lock);
+        *buf = (char)inserted.bytes[inserted.at++];
+        n = 1;
+        goto given;
+    }
     if (kind) {
         ft_digest_consumed();
     }
@@ -313,6 +369,7 @@ static ssize_t replay_read(void *cookie, char *buf, size_t size)
     }
     n = take(buf, wanted(kind, size));
     pthread_mutex_unlock(&ft.lock);
+given:
     follow(kind, (const uint8_t *)buf, n);
     if (kind && for_main_loop(*buf) && (ft_in_main || !ft_for_vcpu(*buf))) {
         /* It may sleep without a time limit, and nothing else wakes it: the
