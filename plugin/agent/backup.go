@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"ftvirt.org/ftvirt/migrate"
@@ -32,6 +33,8 @@ type backup struct {
 	stopping sync.Once
 	receiver *migrate.Receiver
 	holding  sync.WaitGroup // a diagnosis that still has to take hold of the spool
+
+	beating atomic.Pointer[vm] // what vm is
 
 	attaching sync.Mutex // held while a plugin is taken
 	opening   sync.Mutex // held while a session is made, before welcoming
@@ -236,16 +239,19 @@ func (b *backup) open(ctx context.Context, in *channel.Incoming, again bool) {
 	b.d.a.wg.Go(func() { b.tellFull(conn) })
 }
 
+// alive is for the heartbeats, which wait for nothing: b.mu may be held while the
+// log is written to its spool.
+func (b *backup) alive() bool {
+	v := b.beating.Load()
+	return v == nil || v.Alive()
+}
+
 // beginHeartbeat agrees on the heartbeats of a session. The peer's request and
 // this answer are large, so that a session whose path loses large packets does
 // not come about.
 func (b *backup) beginHeartbeat(number uint64, again bool, r heartbeatRequest) (any, error) {
 	ctx, cancel := context.WithCancel(b.ctx)
-	h, err := b.d.beat(ctx, pair.Event{Epoch: b.epoch, Session: number}, b.peer, r.Key, again, func() bool {
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		return b.vm == nil || b.vm.Alive()
-	})
+	h, err := b.d.beat(ctx, pair.Event{Epoch: b.epoch, Session: number}, b.peer, r.Key, again, b.alive)
 	h.cancel = cancel
 	b.mu.Lock()
 	current := b.newest == number
@@ -375,6 +381,7 @@ func (b *backup) attach(v *vm) bool {
 	ended := make(chan struct{})
 	b.vm, b.feeding = v, ended
 	b.mu.Unlock()
+	b.beating.Store(v)
 	if before != nil && before != v {
 		_ = before.Close() // QEMU has but one connection: its feeder must not wait for room there
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"ftvirt.org/ftvirt/plugin"
+	"ftvirt.org/ftvirt/plugin/control"
 	"ftvirt.org/ftvirt/plugin/detect"
 	"ftvirt.org/ftvirt/plugin/pair"
 )
@@ -71,17 +72,37 @@ func (d *domain) beat(ctx context.Context, of pair.Event, peer string, key []byt
 		for {
 			changed := p.Changed()
 			s := p.State()
+			var wait <-chan time.Time
 			if s.Liveness == detect.Dead {
-				d.post(of)
+				if rest := d.patience() - s.Silence; rest > 0 {
+					wait = time.After(rest)
+				} else {
+					d.post(of)
+				}
 			}
 			select {
 			case <-changed:
+			case <-wait:
 			case <-ctx.Done():
 				return
 			}
 		}
 	})
 	return beats{peer: p}, nil
+}
+
+// clonePatience is how many times longer than in a pair a peer may be silent
+// while a clone is under way: the guest runs and no output waits, and the start of
+// a QEMU and the copy of its memory take both hosts' time.
+const clonePatience = 4
+
+// patience is how long a silent peer is waited for before the machine hears of it.
+func (d *domain) patience() time.Duration {
+	s, v, _, _ := d.snapshot()
+	if s.State != pair.Cloning || v != nil && v.reports().Mode == control.ModeRecord {
+		return 0
+	}
+	return clonePatience * d.a.cfg.Heartbeat.Timeout
 }
 
 // register waits for the heartbeats of the epoch before to end.

@@ -14,6 +14,7 @@ import (
 	"ftvirt.org/ftvirt/plugin/agent/client"
 	"ftvirt.org/ftvirt/plugin/lab"
 	"ftvirt.org/ftvirt/plugin/lab/guest"
+	"ftvirt.org/ftvirt/plugin/lab/labtest"
 	"ftvirt.org/ftvirt/plugin/lab/scenario"
 )
 
@@ -41,7 +42,7 @@ func TestFlood(t *testing.T) {
 	must(t, err)
 	t.Cleanup(func() {
 		if t.Failed() {
-			saveLogs(t, b, filepath.Join("..", ".."))
+			saveLogs(t, b, labtest.Root(t))
 		}
 		if err := vm.Remove(context.Background()); err != nil {
 			t.Error(err)
