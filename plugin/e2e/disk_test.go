@@ -153,11 +153,11 @@ func TestBackupDiskFullAlone(t *testing.T) {
 	must(t, err)
 	killed, err := vm.KillQEMU(t.Context(), hosta)
 	must(t, err)
-	mend()
 	s, err := b.Wait(t.Context(), hostb, vm.Name, "the backup to tell what it needs", 5*time.Second,
 		func(s client.Status) (bool, error) { return s.State == "going-live" && s.Reason == "io-error", nil })
 	must(t, err)
 	t.Logf("%v after the kill: %s", time.Since(killed), s)
+	mend() // a copy that is known to be dead does not ask
 	must(t, scenario.Pause(t.Context(), 35*time.Second))
 	if s, err = b.Agent(hostb).StatusOf(t.Context(), vm.Name); err != nil || s.State != "going-live" || s.Paused != "io-error" {
 		t.Fatalf("the copy is not held: %s (%v)", s, err)

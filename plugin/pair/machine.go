@@ -409,7 +409,7 @@ func (m *Machine) arbiterWon() {
 		m.won = true
 		m.do(Action{Kind: ActionOpenGate})
 		m.do(Action{Kind: ActionStopLogging})
-		m.notify(NotifyDiscard)
+		m.do(Action{Kind: ActionNotifyPeer, Notify: NotifyDiscard, Reason: m.cause})
 		m.becomeLive(m.cause)
 		if m.disabling {
 			m.forget()
