@@ -320,20 +320,20 @@ const pausedByDisk = "paused (I/O error)"
 // settled demands that the domain is defined for good where it runs: one that
 // were not would be gone at its power-off.
 func (s *storm) settled(ctx context.Context) error {
-	pair, err := s.pair(ctx)
-	if err != nil {
-		return err
-	}
-	var last string
-	err = poll(ctx, settleLimit, func(ctx context.Context) (bool, error) {
+	last := "nothing"
+	err := poll(ctx, settleLimit, func(ctx context.Context) (bool, error) {
+		pair, ok := s.whole(s.ask(ctx))
+		if !ok {
+			return false, nil
+		}
 		out, err := pair.primary.Virsh(ctx, "dominfo", s.vm.Name)
 		if err == nil {
-			last = out
+			last = fmt.Sprintf("%s, its primary's host, says\n%s", pair.primary.Name, out)
 		}
-		return persistent(last), nil
+		return err == nil && persistent(out), nil
 	})
 	if err != nil {
-		return fmt.Errorf("%w: %s is not defined for good on %s, its primary's host: %w; libvirt says\n%s", ErrState, s.vm.Name, pair.primary.Name, err, last)
+		return fmt.Errorf("%w: %s is not defined for good: %w; %s", ErrState, s.vm.Name, err, last)
 	}
 	return nil
 }
