@@ -47,7 +47,7 @@ func TestFailedClone(t *testing.T) {
 				must(t, err)
 			})
 			configured(t, b, hostb, func(c *config.Config) { c.Clone.DiskDir = smallDir })
-		}, "room on the peer"},
+		}, "not enough room"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			traces := peerFiles(t, hostb)
