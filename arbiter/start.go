@@ -61,7 +61,8 @@ func MayStart(rec Record, host string, asBackup bool) Verdict {
 			"epoch %d is undecided between hosts %s and %s; this host is neither", rec.Epoch, rec.Primary, rec.Backup)}
 	case host == rec.Backup:
 		return Verdict{StartRefused, fmt.Sprintf(
-			"this host was the backup of epoch %d, whose replica of the disks is gone. Start the domain on host %s, or give its copy up with 'ftvirt arbiter forget %s'",
+			"this host was the backup of epoch %d, and does not own it. If it was left the disks of a domain that was powered off, its agent acquires the epoch "+
+				"in a few seconds: try again. Else start the domain on host %s, or give its copy up with 'ftvirt arbiter forget %s'",
 			rec.Epoch, rec.Primary, rec.Domain)}
 	default:
 		return Verdict{StartAfterAcquire, fmt.Sprintf(

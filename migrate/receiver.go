@@ -155,14 +155,20 @@ func (r *Receiver) Prepare(ctx context.Context, req PrepareRequest) (reply Prepa
 // Adopt takes up a backup that another Receiver made in epoch, for Discard to
 // remove. One that replays had complete replicas.
 func (r *Receiver) Adopt(epoch plugin.Epoch, replays bool) error {
+	r.created = true
+	return r.AdoptEnded(epoch, replays)
+}
+
+// AdoptEnded takes up what is left of one after End: its replicas, and no domain.
+func (r *Receiver) AdoptEnded(epoch plugin.Epoch, replayed bool) error {
 	list, err := r.Replicas.list(r.Domain)
 	if err != nil {
 		return err
 	}
-	r.epoch, r.created = epoch, true
+	r.epoch = epoch
 	for _, rec := range list {
 		if rec.Epoch == epoch {
-			r.files = append(r.files, replica{rec, replays})
+			r.files = append(r.files, replica{rec, replayed})
 		}
 	}
 	return nil
@@ -344,6 +350,19 @@ func (r *Receiver) Finish(ctx context.Context, epoch plugin.Epoch) error {
 // Won is called when the arbiter gave this side the epoch: the replicas are the
 // domain's disks from now on, and are not discarded with the backup.
 func (r *Receiver) Won() { r.won.Store(true) }
+
+// End ends the backup and keeps its replicas, until Discard or for good. It may be
+// called again.
+func (r *Receiver) End(ctx context.Context) error {
+	r.closeSeeds()
+	if r.created {
+		if err := r.Local.Destroy(ctx, r.Domain); err != nil {
+			return err
+		}
+		r.created = false
+	}
+	return os.RemoveAll(r.Dir)
+}
 
 // Discard removes the backup and every file made for it, except that replicas
 // are kept, if wanted, that were complete once: the next backup begins with them.

@@ -132,7 +132,7 @@ func (d *domain) untilFree(ctx context.Context) (pair.Status, bool) {
 		d.mu.Lock()
 		busy := d.removals > 0
 		d.mu.Unlock()
-		if v == nil && !busy && !s.Removing && (s.State == pair.Unprotected || s.State == pair.Failed) {
+		if v == nil && !busy && !s.Removing && !s.Kept && (s.State == pair.Unprotected || s.State == pair.Failed) {
 			return s, true
 		}
 		select {
@@ -688,10 +688,10 @@ func (b *backup) control(c entry) {
 		b.mu.Lock()
 		v := b.vm
 		b.mu.Unlock()
-		if v != nil {
-			end := b.log().Boundary()
-			_ = v.wait(ctx, "waiting for the end of the log", func(r reports) bool { return r.consumed.Pos >= end })
+		if v != nil && b.log() != nil {
+			_ = v.wait(ctx, "waiting for the end of the log", func(reports) bool { return b.whole(v) })
 		}
+		ev.Behind = v == nil || !b.whole(v)
 		b.d.post(ev)
 	})
 }
@@ -699,10 +699,11 @@ func (b *backup) control(c entry) {
 // powerOffTimeout bounds the wait for the replay of a deliberate end.
 const powerOffTimeout = 5 * time.Second
 
-// ended tells whether the log holds the entry of a deliberate end.
-func (b *backup) ended() bool {
-	store := b.log()
-	return store != nil && store.Stats().Ended
+// attached is the VM that replays here.
+func (b *backup) attached() *vm {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.vm
 }
 
 // goLive lets the backup consume what there is of the log and then go live.

@@ -57,6 +57,9 @@ type keptDefinition struct {
 	Defined string `json:"defined,omitempty"`
 	// Autostart is nil as long as it was not told.
 	Autostart *bool `json:"autostart,omitempty"`
+	// Ended: the domain was powered off, and the replicas are kept until it is
+	// known whose it is.
+	Ended bool `json:"ended,omitempty"`
 }
 
 // domain makes the definition of this host.
@@ -300,7 +303,9 @@ func (a *Agent) takeUpDefinitions() {
 	}
 	for _, path := range files {
 		if id, err := plugin.ParseUUID(strings.TrimSuffix(filepath.Base(path), ".json")); err == nil {
-			a.domain(id).lookAtDefinition()
+			d := a.domain(id)
+			d.lookAtDefinition()
+			d.adopting(func() { d.adoptEnd(a.ctx) })
 		}
 	}
 }
@@ -415,17 +420,7 @@ func (d *domain) define(ctx context.Context, rec arbiter.Record) error {
 	if k == nil && !wish.Backup() {
 		return nil
 	}
-	err = d.defineAs(ctx, k, live, wish)
-	if k != nil && k.Defined != "" && err != nil && !errors.Is(err, virt.ErrTimeout) {
-		// This host's libvirt may not know what the other's does.
-		former := *k
-		former.Defined = ""
-		if d.defineAs(ctx, &former, live, wish) == nil {
-			d.a.log.Error("what was edited of the definition since the clone is lost: libvirt on this host does not take it", "domain", d.label(), "error", err)
-			err = nil
-		}
-	}
-	if err != nil {
+	if err := d.defineBest(ctx, k, live, wish); err != nil {
 		return err
 	}
 	if k != nil && k.Autostart != nil {
@@ -449,6 +444,21 @@ func (d *domain) define(ctx context.Context, rec arbiter.Record) error {
 	d.a.log.Info("the domain is defined on this host", "domain", d.label())
 	d.kick() // the next backup's host is told of it
 	return nil
+}
+
+// defineBest makes the newest definition that this host's libvirt takes.
+func (d *domain) defineBest(ctx context.Context, k *keptDefinition, live *libvirtxml.Domain, wish hooks.Annotation) error {
+	err := d.defineAs(ctx, k, live, wish)
+	if k != nil && k.Defined != "" && err != nil && !errors.Is(err, virt.ErrTimeout) {
+		// This host's libvirt may not know what the other's does.
+		former := *k
+		former.Defined = ""
+		if d.defineAs(ctx, &former, live, wish) == nil {
+			d.a.log.Error("what was edited of the definition since the clone is lost: libvirt on this host does not take it", "domain", d.label(), "error", err)
+			err = nil
+		}
+	}
+	return err
 }
 
 // defineAs does so as it is kept or, without that, as what runs.

@@ -341,22 +341,16 @@ func (d *domain) ended(ctx context.Context, v *vm) {
 	if !current {
 		return
 	}
-	mode := v.reports().Mode
-	switch {
-	case p != nil && p.ended() || b != nil && b.ended():
-		// The log holds the entry of a deliberate end.
-		d.post(pair.Event{Kind: pair.EventDomainStopped})
-	case mode != control.ModeRecord && mode != control.ModeReplay && d.deliberate(ctx):
-		// No log tells why it ended, but libvirt does.
+	if d.wasOrdered(ctx, v, p, b) {
 		d.post(pair.Event{Kind: pair.EventDomainStopped})
 	}
 	// Whether it was ordered by the machine or not, it is gone.
 	d.post(pair.Event{Kind: pair.EventQEMUDied})
 }
 
-// deliberate waits for libvirt to tell how a domain ended that was not logged.
+// deliberate waits for libvirt to tell how a domain ended, where its log does not.
 func (d *domain) deliberate(ctx context.Context) bool {
-	t := time.NewTimer(controlTimeout)
+	t := time.NewTimer(verdictTimeout)
 	defer t.Stop()
 	select {
 	case s := <-d.stops:
@@ -366,6 +360,10 @@ func (d *domain) deliberate(ctx context.Context) bool {
 	}
 	return false
 }
+
+// verdictTimeout is how long libvirt may take to tell of an end: it does once it
+// has cleaned up behind QEMU. Without its word it was nobody's wish.
+const verdictTimeout = 5 * time.Second
 
 // waitAttached waits for a plugin that match accepts.
 func (d *domain) waitAttached(ctx context.Context, match func(*vm) bool) (*vm, error) {

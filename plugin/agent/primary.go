@@ -48,7 +48,7 @@ type primary struct {
 	newest   uint64          // the number of the newest session
 	fullAt   time.Time       // when the backup said last that it has no room
 	expect   plugin.Position // of the next byte to send
-	dec      *rrlog.Decoder  // of the log as it was sent, to see a deliberate end
+	dec      *rrlog.Decoder  // of the log, to see who ended it
 	layout   rrlog.Layout    // for one that is made later
 	acked    plugin.Position // what the plugin was told
 	held     plugin.Position // an ack in doubt, see ackGuard
@@ -275,8 +275,10 @@ func (p *primary) ship(pos plugin.Position, b []byte) error {
 	p.mu.Lock()
 	conn := p.conn
 	end := pos + plugin.Position(len(b))
+	fresh := p.decode(pos, b)
 	if conn == nil || pos > p.expect || end <= p.expect {
 		p.mu.Unlock()
+		p.keep(fresh)
 		return nil
 	}
 	b = b[p.expect-pos:] // sent before, as after the plugin was made to resume
@@ -285,18 +287,28 @@ func (p *primary) ship(pos plugin.Position, b []byte) error {
 	now := time.Now()
 	p.rate.add(len(b), now)
 	p.timer.send(p.expect, now)
-	var fresh []byte // not sent before over another session
-	if known := p.dec.Position(); p.expect > known && p.dec.Err() == nil {
-		fresh = b[len(b)-int(p.expect-known):]
-		if err := p.dec.Feed(fresh); err != nil {
-			p.d.a.log.Error("the log is not understood", "domain", p.d.label(), "error", err)
-		}
-	}
 	p.mu.Unlock()
 	p.keep(fresh)
 	// Its error is the connection's, which receive reports.
 	_ = conn.SendLog(p.ctx, pos, b)
 	return nil
+}
+
+// decode follows the log, whether there is a session or not, since it tells how
+// the domain ended. It returns what is new of the piece; p.mu is held.
+func (p *primary) decode(pos plugin.Position, b []byte) []byte {
+	if p.dec == nil || p.dec.Err() != nil {
+		return nil
+	}
+	known := p.dec.Position()
+	if pos > known || pos+plugin.Position(len(b)) <= known {
+		return nil
+	}
+	fresh := b[known-pos:]
+	if err := p.dec.Feed(fresh); err != nil {
+		p.d.a.log.Error("the log is not understood", "domain", p.d.label(), "error", err)
+	}
+	return fresh
 }
 
 // keepLog opens the copy of the log, if one is wanted. Without it the domain is
@@ -333,11 +345,25 @@ func (p *primary) keep(b []byte) {
 	}
 }
 
-// ended tells whether the log holds the entry of a deliberate end.
+// ended tells whether QEMU closed the log, so that it did not crash, and
+// guestEnded whether the guest asked for that.
 func (p *primary) ended() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.dec != nil && p.dec.Ended()
+}
+
+func (p *primary) guestEnded() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.dec != nil && p.dec.GuestEnded()
+}
+
+// attached is the VM whose log this is.
+func (p *primary) attached() *vm {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.vm
 }
 
 // receive serves a session until it breaks, then gets another. It does nothing
@@ -377,7 +403,8 @@ func (p *primary) watchStall(conn *channel.Conn) {
 			return
 		}
 		p.mu.Lock()
-		waits := p.timer.waits() && time.Since(p.fullAt) > limit
+		// Of a QEMU that was ended not all is acknowledged, and nothing waits for it.
+		waits := p.timer.waits() && time.Since(p.fullAt) > limit && !p.dec.Ended()
 		acks := p.timer.acks
 		p.mu.Unlock()
 		if s.tick(waits, acks) {

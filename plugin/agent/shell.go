@@ -62,6 +62,18 @@ func (d *domain) execute(ctx context.Context, act pair.Action) {
 			b.receiver.Keep = false // a disk that failed is no seed, and its room is wanted
 		}
 		d.removing(func() { d.remove(ctx, v, b) })
+	case pair.ActionEndBackup:
+		if b != nil {
+			d.removing(func() {
+				if err := b.end(ctx); err != nil {
+					d.a.log.Error("cannot end the backup", "domain", d.label(), "error", err)
+					return
+				}
+				d.confirmGone()
+			})
+		}
+	case pair.ActionKeepReplicas:
+		d.keepReplicas()
 	case pair.ActionNotifyPeer:
 		c := entry{Kind: act.Notify.String(), Epoch: act.Epoch, Reason: act.Reason.String()}
 		switch {
@@ -126,9 +138,12 @@ func (d *domain) acquire(ctx context.Context, epoch plugin.Epoch) {
 			d.mu.Unlock()
 			return
 		}
-		ctx, cancel := context.WithTimeout(ctx, arbiterTimeout)
-		err := d.a.arbiter.Acquire(ctx, d.id, epoch, d.a.cfg.Host)
-		cancel()
+		err := d.mayOwn(ctx, epoch)
+		if err == nil {
+			ctx, cancel := context.WithTimeout(ctx, arbiterTimeout)
+			err = d.a.arbiter.Acquire(ctx, d.id, epoch, d.a.cfg.Host)
+			cancel()
+		}
 		d.mu.Lock()
 		d.asking = false
 		d.mu.Unlock()
@@ -217,6 +232,11 @@ func (d *domain) remove(ctx context.Context, v *vm, b *backup) {
 	} else {
 		d.destroy(ctx, v)
 	}
+	d.confirmGone()
+}
+
+// confirmGone tells the machine that the copy which it wanted to be ended is.
+func (d *domain) confirmGone() {
 	// The machine may know by now, and have begun another epoch, to which the
 	// end of this copy does not belong.
 	if s, now, _, _ := d.snapshot(); s.Removing && (now == nil || !now.Alive()) {

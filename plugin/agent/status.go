@@ -130,7 +130,7 @@ func (d *domain) report() Status {
 		st.Lag, st.Slowed, st.LogRate, st.Compared = millis(lag), p.paced, p.rate.rate(now), p.compared
 		p.mu.Unlock()
 	case r.Mode == control.ModeReplay && b != nil && b.log() != nil:
-		st.Position, st.Acked, st.Instructions = r.consumed.Pos, b.log().Boundary(), r.consumed.Icount
+		st.Position, st.Acked, st.Instructions = r.consumed.Pos, b.log().Replayable(), r.consumed.Icount
 		b.mu.Lock()
 		st.Lag, st.LogRate = millis(b.lag), b.rate.rate(now)
 		b.mu.Unlock()

@@ -179,7 +179,7 @@ func (s *Store) Resume(whole bool) (*Writer, plugin.Position) {
 }
 
 // Append adds the log's bytes at pos and returns what may be acknowledged: the
-// end of the last whole event held. It copies data. Bytes that were received
+// end of the last whole event held that would be replayed. It copies data. Bytes that were received
 // before, as after a reconnect, are skipped, having been compared with what is
 // still held. It blocks while the store is full, until [Store.Release] makes
 // room or ctx ends.
@@ -192,26 +192,26 @@ func (w *Writer) Append(ctx context.Context, pos plugin.Position, data []byte) (
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.writer != w {
-		return s.dec.Boundary(), ErrFenced
+		return s.dec.Replayable(), ErrFenced
 	}
 	if s.err == nil && pos > s.end {
-		return s.dec.Boundary(), &GapError{Want: s.end, Got: pos}
+		return s.dec.Replayable(), &GapError{Want: s.end, Got: pos}
 	}
 	if s.err == nil && pos < s.end {
 		known := min(len(data), int(s.end-pos))
 		if err := s.compare(pos, data[:known]); err != nil {
-			return s.dec.Boundary(), err
+			return s.dec.Replayable(), err
 		}
 		data = data[known:]
 	}
 	for {
 		switch {
 		case s.err != nil:
-			return s.dec.Boundary(), s.err
+			return s.dec.Replayable(), s.err
 		case len(data) == 0:
-			return s.dec.Boundary(), nil
+			return s.dec.Replayable(), nil
 		case s.sealed:
-			return s.dec.Boundary(), ErrSealed
+			return s.dec.Replayable(), ErrSealed
 		}
 		if n := min(len(data), s.cfg.Limit-int(s.end-s.released)); n > 0 {
 			s.add(data[:n])
@@ -227,11 +227,11 @@ func (w *Writer) Append(ctx context.Context, pos plugin.Position, data []byte) (
 		}
 		s.mu.Lock()
 		if s.writer != w {
-			return s.dec.Boundary(), ErrFenced
+			return s.dec.Replayable(), ErrFenced
 		}
 		s.full = false
 		if err := ctx.Err(); err != nil {
-			return s.dec.Boundary(), err
+			return s.dec.Replayable(), err
 		}
 	}
 }
@@ -345,7 +345,8 @@ func (s *Store) Rewind(pos plugin.Position) (*Reader, error) {
 // may come in several pieces, but never before all of it is held. The bytes are
 // valid until the next call of Next, even if released, or until Rewind. After
 // [Store.Seal] it returns io.EOF once the last whole event was given out: to a
-// reader that is not [ErrFenced], which so was given all of it.
+// reader that is not [ErrFenced], which so was given all of it. The event by which
+// somebody but the guest ended the primary's QEMU is none of them.
 func (r *Reader) Next(ctx context.Context, limit int) (plugin.Position, []byte, error) {
 	s := r.store
 	s.mu.Lock()
@@ -358,9 +359,9 @@ func (r *Reader) Next(ctx context.Context, limit int) (plugin.Position, []byte, 
 		if s.reader != r {
 			return 0, nil, ErrFenced
 		}
-		if boundary := s.dec.Boundary(); s.next < boundary && limit > 0 {
+		if end := s.dec.Replayable(); s.next < end && limit > 0 {
 			pos := s.next
-			data := s.at(pos, min(boundary, pos+plugin.Position(limit)))
+			data := s.at(pos, min(end, pos+plugin.Position(limit)))
 			s.next += plugin.Position(len(data))
 			return pos, data, nil
 		}
@@ -427,12 +428,27 @@ func (s *Store) Seal() {
 	s.room.notify()
 }
 
-// Boundary is the end of the last whole event received, which may be
-// acknowledged.
+// Boundary is the end of the last whole event received.
 func (s *Store) Boundary() plugin.Position {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.dec.Boundary()
+}
+
+// Replayable is the end of what Next will give out of what was received, and
+// may be acknowledged.
+func (s *Store) Replayable() plugin.Position {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.dec.Replayable()
+}
+
+// Needed is up to where a copy must have replayed what was received, that its
+// disks be those of the primary; see [rrlog.Decoder.Needed].
+func (s *Store) Needed() plugin.Position {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.dec.Needed()
 }
 
 // End is the end of what was received, be it within an event. On a reconnect
@@ -465,12 +481,12 @@ func (s *Store) receivedAt(pos plugin.Position) (time.Time, bool) {
 
 // Lag is the execution lag of a QEMU that consumed the log up to pos: for how
 // long the first byte it has not consumed has been here. It is 0 if QEMU has
-// consumed all whole events. If the arrival is forgotten, it is the age of the
+// consumed all that it is given. If the arrival is forgotten, it is the age of the
 // oldest that is known, a lower bound.
 func (s *Store) Lag(pos plugin.Position) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if pos >= s.dec.Boundary() || s.count == 0 {
+	if pos >= s.dec.Replayable() || s.count == 0 {
 		return 0
 	}
 	at, ok := s.receivedAt(pos + 1)
@@ -496,9 +512,10 @@ type StoreStats struct {
 	// Events and Instructions are those of the whole events received.
 	Events       uint64 `json:"events"`
 	Instructions uint64 `json:"instructions"`
-	// Ended: the log was closed by END, so the guest is to stop here too.
-	Ended  bool `json:"ended"`
-	Sealed bool `json:"sealed"`
+	// Ended: the log was closed by END. GuestEnded: the guest asked for its end.
+	Ended      bool `json:"ended"`
+	GuestEnded bool `json:"guest_ended"`
+	Sealed     bool `json:"sealed"`
 }
 
 // Stats gives a snapshot.
@@ -510,6 +527,6 @@ func (s *Store) Stats() StoreStats {
 		Boundary: s.dec.Boundary(), Given: s.next, Released: s.released,
 		Held: int(s.end - s.released), Limit: s.cfg.Limit,
 		Events: s.dec.Events(), Instructions: s.dec.Instructions(),
-		Ended: s.dec.Ended(), Sealed: s.sealed,
+		Ended: s.dec.Ended(), GuestEnded: s.dec.GuestEnded(), Sealed: s.sealed,
 	}
 }

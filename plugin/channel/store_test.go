@@ -129,6 +129,27 @@ func TestSealEndsAfterTheLastWholeEvent(t *testing.T) {
 	})
 }
 
+// A signal to the primary's QEMU is none to the guest: neither it nor what came
+// after it is acknowledged, or replayed by a backup that goes live.
+func TestHostsEndIsNotGivenOut(t *testing.T) {
+	const signal, end = 14, 39
+	s := newStore(t, nil)
+	appendTo(t, s, 0, []byte{1, 1, signal, 1, end}, 2)
+	if _, data, err := s.Next(t.Context(), 100); err != nil || len(data) != 2 {
+		t.Fatalf("%d bytes, %v", len(data), err)
+	}
+	if lag := s.Lag(2); lag != 0 {
+		t.Errorf("a lag of %v behind what is never given out", lag)
+	}
+	s.Seal()
+	if _, data, err := s.Next(t.Context(), 100); !errors.Is(err, io.EOF) {
+		t.Errorf("after the end: %v, %v", data, err)
+	}
+	if st := s.Stats(); !st.Ended || st.GuestEnded {
+		t.Errorf("stats %+v", st)
+	}
+}
+
 func TestGapsAndOverlaps(t *testing.T) {
 	s := newStore(t, nil)
 	ev := packet(20)

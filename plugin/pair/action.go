@@ -37,6 +37,13 @@ const (
 	ActionKillLocalVM
 	// ActionDiscardBackup: end the backup's QEMU and remove what it left.
 	ActionDiscardBackup
+	// ActionEndBackup: end the backup's QEMU, but keep its replicas and its
+	// description, over a restart of the agent as well. ActionKeepReplicas or
+	// ActionDiscardBackup follows.
+	ActionEndBackup
+	// ActionKeepReplicas: the domain is this host's, with the replicas that
+	// ActionEndBackup kept: define it with them.
+	ActionKeepReplicas
 	// ActionNotifyPeer: send Notify to the peer, if it can be reached.
 	ActionNotifyPeer
 	// ActionAnnounce: announce the domain's MAC addresses from here.
@@ -57,7 +64,7 @@ const (
 
 var actionNames = [numActions]string{
 	"log", "emit-event", "start-clone", "abort-clone", "acquire-arbiter", "close-epoch", "forget", "promote",
-	"open-gate", "stop-logging", "kill-local-vm", "discard-backup", "notify-peer", "announce", "collect-diagnosis",
+	"open-gate", "stop-logging", "kill-local-vm", "discard-backup", "end-backup", "keep-replicas", "notify-peer", "announce", "collect-diagnosis",
 	"probe-arbiter", "answer",
 	"resume",
 }
@@ -86,7 +93,7 @@ const (
 	NotifyStopping
 	// NotifyPoweredOff: the domain was stopped on purpose.
 	NotifyPoweredOff
-	// NotifyDiscard: the backup is not wanted.
+	// NotifyDiscard: the backup is not wanted, or its replicas are not any more.
 	NotifyDiscard
 	// NotifyDisable: the user asked on the backup's host to end protection.
 	NotifyDisable
@@ -135,7 +142,7 @@ type Action struct {
 	// Peer is the other host of Epoch.
 	Peer   string
 	State  State  // ActionEmitEvent
-	Reason Reason // ActionEmitEvent, ActionKillLocalVM, ActionDiscardBackup, ActionNotifyPeer
+	Reason Reason // ActionEmitEvent, ActionKillLocalVM, ActionDiscardBackup, ActionEndBackup, ActionNotifyPeer
 	Notify Notify // ActionNotifyPeer
 	Line   string // ActionLog
 	// Request is what a user asked for: ActionProbeArbiter, ActionAnswer.
@@ -149,7 +156,7 @@ func (a Action) String() string {
 		return "log " + a.Line
 	case ActionEmitEvent:
 		return fmt.Sprintf("%s %s %s", a.Kind, a.State, a.Reason)
-	case ActionKillLocalVM, ActionDiscardBackup:
+	case ActionKillLocalVM, ActionDiscardBackup, ActionEndBackup:
 		return fmt.Sprintf("%s %s", a.Kind, a.Reason)
 	case ActionNotifyPeer:
 		return fmt.Sprintf("%s %s epoch=%d", a.Kind, a.Notify, a.Epoch)

@@ -18,6 +18,14 @@ func (m *Machine) stepBackup(ev Event) {
 		return
 	}
 	switch m.state {
+	case Unprotected:
+		if ev.Kind == EventDiscard && m.ended && !m.asking {
+			// The primary claimed the epoch; the arbiter knows.
+			m.claimIn = 0
+			m.claim()
+			return
+		}
+		m.ignore(ev)
 	case Cloning, Protected:
 		m.stepReplaying(ev)
 	case GoingLive:
@@ -64,7 +72,7 @@ func (m *Machine) stepReplaying(ev Event) {
 		// end will be reported.
 		m.stopping = m.cfg.Stopping
 	case EventPeerPoweredOff, EventDomainStopped:
-		m.poweredOff()
+		m.poweredOff(ev)
 	case EventDiscard:
 		m.discard(refine(UserRequest, ev.Reason))
 		m.notify(NotifyQEMUDied)
@@ -187,7 +195,7 @@ func (m *Machine) stepPromoting(ev Event) {
 		m.part = rolePrimary
 		m.do(Action{Kind: ActionAnnounce})
 	case EventPeerPoweredOff, EventDomainStopped:
-		m.poweredOff()
+		m.poweredOff(ev)
 	case EventQEMUDied:
 		m.vm = false
 		m.notify(NotifyQEMUDied)
@@ -232,12 +240,30 @@ func (m *Machine) diverged() {
 	m.becomeFailed(reason)
 }
 
-// poweredOff ends the pair on the backup's side. The epoch is left to the
-// primary, whose disks stay.
-func (m *Machine) poweredOff() {
-	m.stopAsking()
-	m.discard(PoweredOff)
-	m.becomeUnprotected(PoweredOff)
+// poweredOff ends the pair on the backup's side. Both hosts have the disks to
+// start from. Who acquires the epoch keeps them: the primary, which does so at
+// once, or this side, if it won before or the primary is gone.
+func (m *Machine) poweredOff(ev Event) {
+	won := m.won
+	if ev.Behind && !won || !m.entitled() {
+		// The primary's disks are the only ones.
+		m.stopAsking()
+		m.discard(PoweredOff)
+		m.becomeUnprotected(PoweredOff)
+		return
+	}
+	m.remove(ActionEndBackup, PoweredOff)
+	m.becomeKept()
+	if won {
+		m.keepReplicas()
+	}
+}
+
+// keepReplicas: the epoch is this host's, and with it the domain.
+func (m *Machine) keepReplicas() {
+	m.ended, m.claimIn, m.part = false, 0, rolePrimary
+	m.logf("this host owns epoch %d, and its replicas are the domain's disks", m.epoch)
+	m.do(Action{Kind: ActionKeepReplicas})
 }
 
 // unfenced: the plugin went live by itself. There may be two now.

@@ -50,6 +50,10 @@ type Config struct {
 	Resume int
 	// Remove is the pause before an order to end QEMU is repeated.
 	Remove int
+	// Claim is how long the backup of a domain that was powered off leaves the
+	// epoch to the primary, whose disks are the ones to start from, before it
+	// acquires the epoch itself.
+	Claim int
 }
 
 // DefaultConfig gives limits for DefaultTick.
@@ -69,6 +73,7 @@ func DefaultConfig() Config {
 		RetryMax: 40,  // 2 s
 		Resume:   20,  // 1 s
 		Remove:   40,  // 2 s
+		Claim:    60,  // 3 s
 	}
 }
 
@@ -81,7 +86,7 @@ func (c Config) Validate() error {
 		{"grace", c.Grace}, {"hold", c.Hold}, {"stopping", c.Stopping}, {"away", c.Away}, {"adopt", c.Adopt},
 		{"stall", c.Stall}, {"settle", c.Settle}, {"plugin", c.Plugin},
 		{"promote", c.Promote}, {"answer", c.Answer}, {"retry-min", c.RetryMin}, {"retry-max", c.RetryMax},
-		{"resume", c.Resume}, {"remove", c.Remove},
+		{"resume", c.Resume}, {"remove", c.Remove}, {"claim", c.Claim},
 	} {
 		if f.value < 1 {
 			return fmt.Errorf("%w: %s is %d ticks, at least 1 is needed", ErrConfig, f.name, f.value)

@@ -25,9 +25,11 @@
 //   - AcquireArbiter is answered by one of the arbiter events. While one call
 //     for the same epoch runs, a further one may be dropped.
 //   - CloseEpoch and Forget are retried by the agent until they are decided.
-//   - KillLocalVM and DiscardBackup come again until EventQEMUDied tells that
+//   - KillLocalVM, DiscardBackup and EndBackup come again until EventQEMUDied tells that
 //     the QEMU process is gone; also for one that never ran.
 //   - EventPeerPoweredOff is stepped once the backup has replayed the log to
-//     its end, or was given up waiting for, so that both replicas of the disks
-//     have all writes.
+//     its end, so that both replicas of the disks have all writes, or with
+//     Behind once it was given up waiting for.
+//   - The end of a QEMU by a signal, other than an operator's, is EventQEMUDied
+//     on the primary's host, and the backup does not replay it.
 package pair

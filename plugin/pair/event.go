@@ -22,7 +22,8 @@ const (
 	// EventAdopt: an earlier agent of this host left a copy of Epoch, which
 	// runs on: one that records, or that went live, as the primary, or with
 	// Role one that replays. Alone tells that the epoch is no longer
-	// undecided, so that nothing is to be waited for.
+	// undecided, so that nothing is to be waited for. Or, with Ended, it left
+	// the replicas of a domain that was powered off.
 	EventAdopt
 	// EventPrepareBackup: the primary on host Peer asks this host to become
 	// the backup of Epoch.
@@ -49,8 +50,8 @@ const (
 	EventPluginRestored
 	// EventQEMUDied: the QEMU process here is gone, unasked or as ordered.
 	EventQEMUDied
-	// EventDomainStopped: the domain ended on purpose. On a backup: it
-	// replayed the entry of the log that says so.
+	// EventDomainStopped: the domain ended on purpose: its guest powered off, or
+	// an operator ended it. On a backup: it replayed the guest's end.
 	EventDomainStopped
 	// EventLocalDiverged: the backup here left the primary's execution.
 	EventLocalDiverged
@@ -80,7 +81,8 @@ const (
 	EventPeerStopping
 	// EventPeerPoweredOff: the domain was stopped on purpose on the primary.
 	EventPeerPoweredOff
-	// EventDiscard: the backup is not wanted any more.
+	// EventDiscard: the backup is not wanted any more. Where a powered-off
+	// domain's replicas are kept: the primary has acquired the epoch.
 	EventDiscard
 
 	// EventArbiterWon: this host owns the epoch.
@@ -141,8 +143,14 @@ type Event struct {
 	Role plugin.Role
 	// Alone: EventAdopt.
 	Alone bool
-	// Reason may refine EventCloneFailed and EventDiscard. EventLocalUnfit,
-	// EventLocalPaused and EventPeerUnfit have one.
+	// Ended: EventAdopt of replicas that were kept at ActionEndBackup. No copy
+	// runs.
+	Ended bool
+	// Behind: EventPeerPoweredOff came to a backup that has not replayed all of
+	// the log, and will not.
+	Behind bool
+	// Reason may refine EventCloneFailed and EventDiscard.
+	// EventLocalUnfit, EventLocalPaused and EventPeerUnfit have one.
 	Reason Reason
 	// Winner is the host that owns the epoch: EventArbiterLost.
 	Winner string

@@ -118,6 +118,10 @@ func parseEvent(text string) (ev Event, times int, err error) {
 			ev.Role = plugin.Role(value)
 		case "alone":
 			ev.Alone = true
+		case "ended":
+			ev.Ended = true
+		case "behind":
+			ev.Behind = true
 		case "winner":
 			ev.Winner = value
 		case "reason":

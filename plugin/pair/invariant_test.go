@@ -34,6 +34,8 @@ func (m *Machine) check() error {
 	must(m.state != Cloning || m.stall > 0 || m.settle > 0, "clone without a limit")
 	must(m.removing == 0 || m.state == Failed || m.state == Unprotected, "a copy is removed that still counts")
 	must((m.request == 0) == (m.probing == 0), "a user's request without a limit")
+	must(!m.ended || m.state == Unprotected && m.part == plugin.RoleBackup, "replicas are kept beside a copy that counts")
+	must(!m.ended || m.asking || m.claimIn > 0, "replicas are kept, and nobody asks whose they are")
 	must(m.epoch > 0 || m.state == Unprotected, "state without an epoch")
 	return errors.Join(errs...)
 }

@@ -63,6 +63,11 @@ type Machine struct {
 	promote int
 	// disabling: forget the domain as soon as the epoch is won.
 	disabling bool
+	// ended: the backup replayed all of a domain that was powered off. Its
+	// replicas are kept until the arbiter says whose disks are the ones to start
+	// from; after claim it is asked.
+	ended   bool
+	claimIn int
 
 	// request is what a user asked for, while the arbiter is probed for at most
 	// that many ticks; 0 if nothing.
@@ -91,9 +96,9 @@ func New(cfg Config) (*Machine, error) {
 func (m *Machine) Status() Status {
 	s := Status{
 		Role: m.part, State: m.state, Reason: m.reason, Epoch: m.epoch, Peer: m.peer,
-		Asking: m.asking, Removing: m.removing != 0,
+		Asking: m.asking, Removing: m.removing != 0, Kept: m.ended,
 	}
-	if m.state == Unprotected && !m.vm {
+	if m.state == Unprotected && !m.vm && !m.ended {
 		s.Role = plugin.RoleNone
 	}
 	return s
@@ -163,7 +168,7 @@ func (m *Machine) stepRole(ev Event) {
 // enable starts a protection. The domain runs here, alone.
 func (m *Machine) enable(ev Event) {
 	alone := m.state == Unprotected || m.state == Live || m.state == Failed
-	if !alone || m.removing != 0 || ev.Epoch <= m.epoch || ev.Peer == "" {
+	if !alone || m.removing != 0 || m.ended || ev.Epoch <= m.epoch || ev.Peer == "" {
 		m.logf("refused enable with peer %q in epoch %d: domain is %s", ev.Peer, ev.Epoch, m.Status())
 		return
 	}
@@ -173,7 +178,7 @@ func (m *Machine) enable(ev Event) {
 
 // prepare lets this host become the backup. No copy of the domain runs here.
 func (m *Machine) prepare(ev Event) {
-	free := (m.state == Unprotected || m.state == Failed) && !m.vm
+	free := (m.state == Unprotected || m.state == Failed) && !m.vm && !m.ended
 	if !free || m.removing != 0 || ev.Epoch <= m.epoch || ev.Peer == "" {
 		m.logf("refused to be backup for host %q in epoch %d: domain is %s", ev.Peer, ev.Epoch, m.Status())
 		m.out = append(m.out, Action{
@@ -209,6 +214,11 @@ func (m *Machine) adopt(ev Event) {
 		return
 	}
 	m.renew(plugin.RolePrimary, ev)
+	if ev.Ended {
+		m.part, m.vm = plugin.RoleBackup, false
+		m.becomeKept()
+		return
+	}
 	if ev.Role == plugin.RoleBackup {
 		m.part, m.loaded, m.primarySwitched, m.running = plugin.RoleBackup, true, true, true
 	} else {
@@ -257,6 +267,9 @@ func (m *Machine) tick() {
 	if m.paused && expired(&m.resumeAgain) {
 		m.resumeAgain = m.cfg.Resume
 		m.do(Action{Kind: ActionResume})
+	}
+	if expired(&m.claimIn) {
+		m.claim()
 	}
 	if m.removing != 0 && expired(&m.removeAgain) {
 		m.remove(m.removing, m.removeFor)
@@ -400,6 +413,9 @@ func (m *Machine) arbiterWon() {
 	switch {
 	case m.state == GoingLive && m.won:
 		m.logf("won epoch %d once more", m.epoch)
+	case m.ended:
+		m.won = true
+		m.keepReplicas()
 	case m.state == GoingLive && m.part == plugin.RoleBackup:
 		m.won, m.promote = true, m.cfg.Promote
 		m.becomeGoingLive(m.cause)
@@ -424,6 +440,9 @@ func (m *Machine) arbiterWon() {
 	case m.state == Unprotected && asked:
 		m.won = true
 		m.logf("this host owns epoch %d", m.epoch)
+		if m.reason == PoweredOff {
+			m.notify(NotifyDiscard) // the backup keeps its replicas until then
+		}
 		if m.disabling {
 			m.forget()
 		}
@@ -438,6 +457,10 @@ func (m *Machine) arbiterLost(winner string) {
 	case m.won:
 		// The arbiter took nothing back: the answer is to an older question.
 		m.logf("lost epoch %d to %q after having won it", m.epoch, winner)
+	case m.ended:
+		m.logf("host %q owns epoch %d, and has its newest disks", winner, m.epoch)
+		m.ended, m.claimIn = false, 0
+		m.discard(PoweredOff)
 	case m.vm && m.removing == 0:
 		m.logf("host %q owns epoch %d", winner, m.epoch)
 		m.kill(ArbiterLost)
@@ -483,6 +506,16 @@ func (m *Machine) becomeUnprotected(reason Reason) {
 	m.calm()
 	m.paused = false
 	m.become(Unprotected, reason)
+}
+
+// becomeKept is a backup's end with its domain: the primary has the same disks,
+// and is left the time to claim them.
+func (m *Machine) becomeKept() {
+	m.ended = true
+	m.becomeUnprotected(PoweredOff)
+	if !m.asking {
+		m.claimIn = m.cfg.Claim
+	}
 }
 
 func (m *Machine) becomeCloning(reason Reason) {

@@ -252,11 +252,16 @@ func TestPowerOff(t *testing.T) {
 	p.wantActions(p.on(EventDomainStopped), ActionNotifyPeer, ActionAcquireArbiter)
 	p.want(Unprotected, PoweredOff)
 
+	// Its disks are those of the domain until the primary has claimed its own.
+	p.wantActions(p.on(EventArbiterWon), ActionNotifyPeer)
 	b := protectedBackup(t)
-	b.wantActions(b.on(EventPeerPoweredOff), ActionDiscardBackup)
+	b.wantActions(b.on(EventPeerPoweredOff), ActionEndBackup)
 	b.want(Unprotected, PoweredOff)
 	b.on(EventQEMUDied)
 	b.wantActions(b.on(EventSessionLost, EventPeerDead))
+	b.wantActions(b.on(EventDiscard), ActionAcquireArbiter)
+	b.wantActions(b.on(EventArbiterLost), ActionDiscardBackup)
+	b.on(EventQEMUDied)
 	b.wantActions(b.ticks(1000))
 	for _, s := range []stepper{p, b} {
 		if role := s.Status().Role; role != plugin.RoleNone {
@@ -268,6 +273,30 @@ func TestPowerOff(t *testing.T) {
 	p = protectedPrimary(t)
 	p.on(EventSessionLost)
 	p.wantActions(p.on(EventDomainStopped), ActionNotifyPeer, ActionAcquireArbiter)
+}
+
+// The primary's host dies after the backup replayed a deliberate end. One of them
+// has to be able to start the domain, with the disks of its end: who acquires.
+func TestPowerOffAndDeath(t *testing.T) {
+	b := protectedBackup(t)
+	b.on(EventPeerPoweredOff, EventQEMUDied)
+	b.wantActions(b.ticks(DefaultConfig().Claim), ActionAcquireArbiter)
+	b.wantActions(b.on(EventArbiterWon), ActionKeepReplicas)
+
+	// It came back before, and was started.
+	b = protectedBackup(t)
+	b.on(EventPeerPoweredOff, EventQEMUDied)
+	b.wantActions(b.ticks(DefaultConfig().Claim), ActionAcquireArbiter)
+	b.wantActions(b.on(EventArbiterLost), ActionDiscardBackup)
+
+	// The backup was promoted, and what was left of the log is the guest's end.
+	b = protectedBackup(t)
+	b.on(EventPeerDead)
+	b.wantActions(b.on(EventArbiterWon), ActionPromote)
+	b.wantActions(b.on(EventDomainStopped), ActionEndBackup, ActionKeepReplicas)
+	b.want(Unprotected, PoweredOff)
+	b.wantActions(b.on(EventQEMUDied))
+	b.wantActions(b.ticks(1000))
 }
 
 // A clone that fails before the switch costs nothing; one that fails after it

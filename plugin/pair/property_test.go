@@ -42,6 +42,9 @@ type hostModel struct {
 	alive, seen bool
 	stuck       bool // its plugin never finishes going live
 	paused      bool // its QEMU is, until it is resumed
+	// whole is the epoch to whose deliberate end this host replayed as its
+	// backup, kept the one whose replicas it made the domain's.
+	whole, kept plugin.Epoch
 }
 
 // entry is an event that was stepped, or the name of an operation.
@@ -82,7 +85,7 @@ func newWorld(seed uint64, seen map[Transition]bool) *world {
 // newMachine is what an agent begins with.
 func (w *world) newMachine(h *hostModel) {
 	m, err := New(Config{
-		Hold: 6, Grace: 3, Stopping: 8, Away: 4, Adopt: 4, Stall: 20, Settle: 8, Plugin: 4, Promote: 30, Answer: 6, RetryMin: 1, RetryMax: 4, Resume: 2, Remove: 3,
+		Hold: 6, Grace: 3, Stopping: 8, Away: 4, Adopt: 4, Stall: 20, Settle: 8, Plugin: 4, Promote: 30, Answer: 6, RetryMin: 1, RetryMax: 4, Resume: 2, Remove: 3, Claim: 6,
 	})
 	if err != nil {
 		panic(err)
@@ -156,7 +159,10 @@ func (w *world) execute(side int, a Action) {
 				w.step(side, Event{Kind: EventLocalResumed})
 			}
 		})
-	case ActionKillLocalVM, ActionDiscardBackup:
+	case ActionKeepReplicas:
+		w.mustOwn(side, a)
+		h.kept = a.Epoch
+	case ActionKillLocalVM, ActionDiscardBackup, ActionEndBackup:
 		if a.Kind == ActionKillLocalVM && a.Reason == UserRequest && !w.probed[side][a.Epoch] {
 			panic(fmt.Sprintf("%c: %s before the arbiter was probed", 'A'+side, a))
 		}
@@ -304,8 +310,68 @@ func (w *world) powerOff(side int) {
 		w.faults++
 		p.alive, p.seen = false, false
 		w.step(1-side, Event{Kind: EventDomainStopped})
-		w.step(side, Event{Kind: EventPeerPoweredOff, Epoch: epoch})
+		behind := w.rng.IntN(4) == 0
+		w.replayedEnd(side, Event{Kind: EventPeerPoweredOff, Epoch: epoch, Behind: behind})
 	}
+}
+
+// replayedEnd lets a backup hear of a deliberate end, which it replayed unless it
+// is behind.
+func (w *world) replayedEnd(side int, ev Event) {
+	h := w.host[side]
+	s := h.machine.Status()
+	counts := s.State == Cloning || s.State == Protected || s.State == GoingLive
+	if h.machine.part == plugin.RoleBackup && h.machine.entitled() && counts && !ev.Behind {
+		h.whole = s.Epoch
+	}
+	w.step(side, ev)
+}
+
+// powerOffAndDie lets the guest power off and the primary's host die before it
+// can do anything about it. The backup replays the end before it asks the
+// arbiter, meanwhile, or after it won.
+func (w *world) powerOffAndDie(dead int) {
+	p, b := w.host[dead], w.host[1-dead]
+	s := b.machine.Status()
+	if !p.alive || p.machine.Status().Role != plugin.RolePrimary || p.machine.Status().Epoch != s.Epoch ||
+		b.machine.part != plugin.RoleBackup || s.State != Protected || !b.alive {
+		return
+	}
+	w.faults++
+	if w.rng.IntN(2) == 0 {
+		w.step(1-dead, Event{Kind: EventPeerDead})
+		for range w.rng.IntN(6) {
+			w.runOp()
+		}
+	}
+	if s = b.machine.Status(); b.alive && !b.seen && (s.State == Protected || s.State == GoingLive) {
+		b.alive = false
+		w.replayedEnd(1-dead, Event{Kind: EventDomainStopped})
+		w.step(1-dead, Event{Kind: EventQEMUDied})
+	}
+}
+
+// verifyDisks demands that a domain that was powered off can be started by a host
+// that has its disks, and by no other: side is the one that lives.
+func (w *world) verifyDisks(side int) error {
+	h := w.host[side]
+	owner, decided := w.owner[w.newest]
+	s := h.machine.Status()
+	switch {
+	case s.Kept:
+		return fmt.Errorf("host %c keeps replicas for ever: %s", 'A'+side, s)
+	case h.whole != w.newest || w.newest == 0 || s.Epoch != w.newest:
+		return nil
+	case w.closed[w.newest]:
+		return fmt.Errorf("epoch %d was closed although host %c replayed all of it", w.newest, 'A'+side)
+	case !decided:
+		return fmt.Errorf("no host may start the domain of epoch %d, of which host %c has the disks", w.newest, 'A'+side)
+	case owner == side && h.kept != w.newest:
+		return fmt.Errorf("host %c owns epoch %d and has removed its disks", 'A'+side, w.newest)
+	case owner != side && h.kept == w.newest:
+		return fmt.Errorf("host %c has the disks of epoch %d that is not its own", 'A'+side, w.newest)
+	}
+	return nil
 }
 
 // restart starts the domain again on the host that owns it.
@@ -411,6 +477,10 @@ func (w *world) restartAgent(side int) {
 	}
 	w.newMachine(h)
 	w.trace = append(w.trace, entry{op: fmt.Sprintf("%c restarts its agent", 'A'+side)})
+	if s.Kept {
+		w.step(side, Event{Kind: EventAdopt, Epoch: s.Epoch, Peer: "p", Role: plugin.RoleBackup, Ended: true})
+		return
+	}
 	if !h.alive {
 		return
 	}
@@ -470,6 +540,9 @@ func runWorld(t *testing.T, seed uint64, seen map[Transition]bool) {
 	if !quiet && seed%2 == 0 {
 		dead = w.rng.IntN(2)
 		w.host[dead].crashed = true
+		if w.rng.IntN(2) == 0 {
+			w.powerOffAndDie(dead)
+		}
 	}
 	for i := range w.host {
 		w.step(i, Event{Kind: EventSessionLost})
@@ -492,6 +565,9 @@ func runWorld(t *testing.T, seed uint64, seen map[Transition]bool) {
 	for i, h := range w.host {
 		if h.crashed {
 			continue
+		}
+		if err := w.verifyDisks(i); err != nil {
+			fail(err)
 		}
 		s := h.machine.Status()
 		if s.State != Live && s.State != Failed && s.State != Unprotected || s.Asking || s.Removing {

@@ -94,6 +94,8 @@ const (
 	Paused
 	// Stuck: the backup's QEMU does not run, though its process is there.
 	Stuck
+	// HostStopping: this host is being shut down.
+	HostStopping
 	numReasons
 )
 
@@ -101,7 +103,7 @@ var reasonNames = [numReasons]string{
 	"none", "not-enabled", "initialising", "backup-lost", "primary-lost", "lost-connection",
 	"peer-agent-lost", "arbiter-lost", "arbiter-unavailable", "divergence", "clone-failed",
 	"user-request", "powered-off", "qemu-died", "plugin-lost", "peer-stopping", "needs-restart", "agent-restarted", "unfenced",
-	"io-error", "paused", "stuck",
+	"io-error", "paused", "stuck", "host-stopping",
 }
 
 func (r Reason) String() string { return name(reasonNames[:], r) }
@@ -136,6 +138,9 @@ type Status struct {
 	// Removing tells that the copy here was ordered to be killed or discarded
 	// and the end of its QEMU has not been seen yet.
 	Removing bool
+	// Kept tells that the domain was powered off and its replicas are here until
+	// it is known which host has the newest disks.
+	Kept bool
 }
 
 func (s Status) String() string {
@@ -148,6 +153,9 @@ func (s Status) String() string {
 	}
 	if s.Removing {
 		text += " removing"
+	}
+	if s.Kept {
+		text += " kept"
 	}
 	return text
 }

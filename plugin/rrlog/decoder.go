@@ -88,6 +88,10 @@ type Decoder struct {
 	instructions uint64
 	events       uint64
 	ended        bool
+	guestEnd     bool            // the guest asked for its end, and was not reset since,
+	guestEndAt   plugin.Position // with the event here
+	hostEnd      bool            // somebody else ended QEMU,
+	hostEndAt    plugin.Position // with the event here
 	err          error
 
 	// The event under construction.
@@ -122,8 +126,31 @@ func (d *Decoder) Instructions() uint64 { return d.instructions }
 // Events is the number of whole events so far.
 func (d *Decoder) Events() uint64 { return d.events }
 
-// Ended reports whether the event END was seen.
+// Ended reports whether the event END was seen: QEMU closed its log.
 func (d *Decoder) Ended() bool { return d.ended }
+
+// GuestEnded reports whether the guest asked for its end, as by powering off. A
+// log that ended without that was ended by a signal or a monitor's command.
+func (d *Decoder) GuestEnded() bool { return d.guestEnd }
+
+// Needed is up to where a copy must have replayed the log, that the guest's disks
+// be those of its end.
+func (d *Decoder) Needed() plugin.Position {
+	if d.guestEnd {
+		return d.guestEndAt
+	}
+	return d.Replayable()
+}
+
+// Replayable is the boundary, but for a log that the guest did not end: then it
+// is before the event by which QEMU was told to end. A copy that is to go on in
+// the place of that QEMU must not replay it.
+func (d *Decoder) Replayable() plugin.Position {
+	if d.hostEnd {
+		return d.hostEndAt
+	}
+	return d.boundary
+}
 
 // Err is the error that stopped the decoder, if any.
 func (d *Decoder) Err() error { return d.err }
@@ -280,10 +307,29 @@ func (d *Decoder) finish() {
 	d.inside = false
 	d.instructions += uint64(d.ev.Instructions)
 	d.events++
-	d.ended = d.ev.Kind == KindEnd
+	switch d.ev.Kind {
+	case KindShutdown:
+		d.noteEnd(d.layout.GuestCause(d.ev.Code))
+	case KindEnd:
+		d.ended = true
+		d.noteEnd(false)
+	case KindCheckpointResetRequested, KindCheckpointReset:
+		d.guestEnd = false // libvirt makes a reboot of a power-off
+	}
 	d.ev.Icount = d.instructions
 	d.ev.Length = uint64(d.position - d.boundary)
 	d.boundary = d.position
+}
+
+// noteEnd keeps who began the end of the log, of which the event under
+// construction is a part. libvirt ends the QEMU of a guest that powered off by a
+// signal.
+func (d *Decoder) noteEnd(guest bool) {
+	if guest {
+		d.guestEnd, d.guestEndAt = true, d.ev.Position
+	} else if !d.guestEnd && !d.hostEnd {
+		d.hostEnd, d.hostEndAt = true, d.ev.Position
+	}
 }
 
 func (d *Decoder) fail(code byte, value uint64, err error) error {

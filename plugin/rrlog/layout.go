@@ -127,3 +127,10 @@ func (l Layout) CauseName(code byte) string {
 	}
 	return fmt.Sprintf("UNKNOWN_%d", int(code)-asyncCodes)
 }
+
+// GuestCause reports whether a code of kind SHUTDOWN stands for an end that the
+// guest asked for.
+func (l Layout) GuestCause(code byte) bool {
+	i := int(code) - asyncCodes
+	return i >= 0 && i < len(l.causes) && strings.HasPrefix(l.causes[i], "guest-")
+}

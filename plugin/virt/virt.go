@@ -46,7 +46,9 @@ type Info struct {
 type Stopped struct {
 	UUID plugin.UUID
 	Name string
-	// Deliberate: shut down, destroyed, saved or migrated, not crashed.
+	// Deliberate: somebody wanted that. The guest shut itself down, or an operator
+	// had libvirt destroy or save it. A QEMU that crashed, or that somebody else
+	// sent a signal to, was not wanted to end.
 	Deliberate bool
 	Detail     string
 }
@@ -98,6 +100,9 @@ type Conn struct {
 	mu     sync.Mutex // not held while libvirt is waited for
 	conn   *libvirt.Connect
 	closed bool
+
+	endsMu sync.Mutex
+	ends   map[plugin.UUID]bool // of domains that are shutting down: by their host
 }
 
 // Open prepares a connection to the libvirtd at uri, which need not answer yet:
@@ -106,7 +111,7 @@ func Open(uri string, events Events) (*Conn, error) {
 	if err := startLoop(); err != nil {
 		return nil, fmt.Errorf("libvirt event loop: %w", err)
 	}
-	return &Conn{uri: uri, events: events, stuck: make(chan struct{}, maxStuck), connecting: make(chan struct{}, 1)}, nil
+	return &Conn{uri: uri, events: events, stuck: make(chan struct{}, maxStuck), connecting: make(chan struct{}, 1), ends: map[plugin.UUID]bool{}}, nil
 }
 
 // Keep connects, and again after the connection broke, until ctx ends, so that
@@ -263,20 +268,55 @@ func (c *Conn) lifecycle(d *libvirt.Domain, e *libvirt.DomainEventLifecycle) {
 		if c.events.DefinitionChanged != nil {
 			c.events.DefinitionChanged(id)
 		}
+	case libvirt.DOMAIN_EVENT_SHUTDOWN:
+		c.shuttingDown(id, libvirt.DomainEventShutdownDetailType(e.Detail) == libvirt.DOMAIN_EVENT_SHUTDOWN_HOST)
 	case libvirt.DOMAIN_EVENT_STARTED:
+		c.byHost(id) // what is left of a run before
 		if c.events.Started != nil {
 			c.events.Started(Info{UUID: id, Name: name, Active: true})
 		}
 	case libvirt.DOMAIN_EVENT_STOPPED:
+		byHost := c.byHost(id)
 		if c.events.Stopped == nil {
 			return
 		}
 		detail := libvirt.DomainEventStoppedDetailType(e.Detail)
 		c.events.Stopped(Stopped{
 			UUID: id, Name: name, Detail: stoppedDetail(detail),
-			Deliberate: detail != libvirt.DOMAIN_EVENT_STOPPED_CRASHED && detail != libvirt.DOMAIN_EVENT_STOPPED_FAILED,
+			Deliberate: deliberate(detail, byHost),
 		})
 	}
+}
+
+// deliberate tells whether somebody wanted an end, of which libvirt says the same
+// whether the guest or a signal began it.
+func deliberate(d libvirt.DomainEventStoppedDetailType, byHost bool) bool {
+	switch d {
+	case libvirt.DOMAIN_EVENT_STOPPED_CRASHED, libvirt.DOMAIN_EVENT_STOPPED_FAILED:
+		return false
+	case libvirt.DOMAIN_EVENT_STOPPED_SHUTDOWN:
+		return !byHost
+	default:
+		return true
+	}
+}
+
+// shuttingDown notes who began the end of a domain; the first to do so counts.
+func (c *Conn) shuttingDown(id plugin.UUID, byHost bool) {
+	c.endsMu.Lock()
+	defer c.endsMu.Unlock()
+	if _, ok := c.ends[id]; !ok {
+		c.ends[id] = byHost
+	}
+}
+
+// byHost gives that, and forgets it.
+func (c *Conn) byHost(id plugin.UUID) bool {
+	c.endsMu.Lock()
+	defer c.endsMu.Unlock()
+	host := c.ends[id]
+	delete(c.ends, id)
+	return host
 }
 
 func stoppedDetail(d libvirt.DomainEventStoppedDetailType) string {
@@ -541,6 +581,17 @@ func (c *Conn) Create(ctx context.Context, xml string) (Info, error) {
 		defer func() { _ = d.Free() }()
 		return info(d)
 	})
+}
+
+// Undefine removes a persistent definition. A domain that has none is no error.
+func (c *Conn) Undefine(ctx context.Context, id plugin.UUID) error {
+	_, err := withDomain(ctx, c, id, "undefine "+id.String(), func(d *libvirt.Domain) (struct{}, error) {
+		return struct{}{}, d.Undefine()
+	})
+	if errors.Is(err, ErrNoDomain) {
+		return nil
+	}
+	return err
 }
 
 // Start starts a persistent domain.

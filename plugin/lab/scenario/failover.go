@@ -8,6 +8,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"ftvirt.org/ftvirt/plugin/agent/client"
 	"ftvirt.org/ftvirt/plugin/lab"
 )
@@ -24,11 +26,16 @@ type Failover struct {
 // FailOver kills the primary's QEMU and waits until the backup is live and
 // answers on the connection that the client had.
 func (vm *VM) FailOver(ctx context.Context, primary, backup *lab.Host, traffic *Traffic) (Failover, error) {
+	return vm.FailOverAt(ctx, unix.SIGKILL, primary, backup, traffic)
+}
+
+// FailOverAt does so with another signal.
+func (vm *VM) FailOverAt(ctx context.Context, signal unix.Signal, primary, backup *lab.Host, traffic *Traffic) (Failover, error) {
 	before, err := vm.bed.Agent(backup).StatusOf(ctx, vm.Name)
 	if err != nil {
 		return Failover{}, err
 	}
-	killed, err := vm.KillQEMU(ctx, primary)
+	killed, err := vm.SignalQEMU(ctx, primary, signal)
 	if err != nil {
 		return Failover{}, err
 	}

@@ -14,6 +14,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"ftvirt.org/ftvirt/plugin"
 	"ftvirt.org/ftvirt/plugin/agent/client"
 	"ftvirt.org/ftvirt/plugin/lab"
@@ -204,6 +206,11 @@ func (vm *VM) Events(ctx context.Context, h *lab.Host, epoch plugin.Epoch) ([]cl
 // KillQEMU kills the domain's QEMU on a host without warning and returns the
 // instant of the kill.
 func (vm *VM) KillQEMU(ctx context.Context, h *lab.Host) (time.Time, error) {
+	return vm.SignalQEMU(ctx, h, unix.SIGKILL)
+}
+
+// SignalQEMU does so with another signal.
+func (vm *VM) SignalQEMU(ctx context.Context, h *lab.Host, signal unix.Signal) (time.Time, error) {
 	pid, err := h.QEMUPID(vm.Name)
 	if err != nil {
 		return time.Time{}, err
@@ -212,7 +219,7 @@ func (vm *VM) KillQEMU(ctx context.Context, h *lab.Host) (time.Time, error) {
 	defer cancel()
 	// The host tells the time itself: starting a command there takes longer
 	// than a failover may.
-	out, err := h.Exec(ctx, "/bin/sh", "-euc", `date +%s%N; kill -KILL "$1"`, "sh", strconv.Itoa(pid))
+	out, err := h.Exec(ctx, "/bin/sh", "-euc", `date +%s%N; kill "-$2" "$1"`, "sh", strconv.Itoa(pid), strconv.Itoa(int(signal)))
 	if err != nil {
 		return time.Time{}, err
 	}
