@@ -69,7 +69,7 @@ in_root '
 	bash -c ". /usr/share/bash-completion/completions/ftvirt; complete -p ftvirt" | grep -q _ftvirt
 	HOME=/root fish -c "complete -C \"ftvirt sta\"" | grep -q ^status
 	zsh -f -c "autoload -Uz compinit && compinit -u -D && echo \$_comps[ftvirt] && autoload +X _ftvirt" | grep -qx _ftvirt
-	systemd-analyze verify /lib/systemd/system/ftvirt-agent.service /lib/systemd/system/ftvirt-witness.service
+	systemd-analyze verify /lib/systemd/system/ftvirt-agent.service /lib/systemd/system/ftvirt-handover.service /lib/systemd/system/ftvirt-witness.service
 	test "$(systemctl is-enabled ftvirt-agent)" = disabled
 	dpkg --verify ftvirt ftvirt-agent ftvirt-qemu-plugin
 '

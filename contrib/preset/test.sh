@@ -12,7 +12,7 @@ trap 'exit 1' HUP INT TERM
 enabled() {
 	rm -rf "$dir/root"
 	mkdir -p "$dir/root/etc/systemd/system-preset" "$dir/root/usr/lib/systemd/system"
-	cp ../ftvirt-agent.service ../ftvirt-witness.service "$dir/root/usr/lib/systemd/system"
+	cp ../ftvirt-agent.service ../ftvirt-handover.service ../ftvirt-witness.service "$dir/root/usr/lib/systemd/system"
 	for preset; do cp "$preset" "$dir/root/etc/systemd/system-preset"; done
 	systemctl --root="$dir/root" preset ftvirt-agent.service ftvirt-witness.service 2>/dev/null
 	for unit in agent witness; do

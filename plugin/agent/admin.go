@@ -74,6 +74,7 @@ func (a *Agent) serveAdmin(ctx context.Context, l net.Listener) error {
 		reply(w, p, err)
 	})
 	mux.HandleFunc("POST /v1/verify", a.serveVerify)
+	mux.HandleFunc("POST /v1/handover", a.serveHandover)
 	mux.HandleFunc("GET /v1/diagnosis/{domain}", a.serveDiagnosis)
 	mux.HandleFunc("GET /v1/events", a.serveEvents)
 	mux.Handle("GET /metrics", a.metrics())

@@ -15,6 +15,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -49,6 +50,8 @@ type Agent struct {
 	replicas  *migrate.Replicas
 
 	examining sync.Mutex // held while the doctor looks at this host
+
+	leaving atomic.Bool // the host was handed over: no new pairs
 
 	mu      sync.Mutex
 	domains map[plugin.UUID]*domain

@@ -90,6 +90,10 @@ func (d *domain) serve(ctx context.Context, in *channel.Incoming) {
 // this host has nothing else to do with the domain.
 func (d *domain) beginBackup(ctx context.Context, in *channel.Incoming) {
 	h := in.Hello
+	if d.a.leaving.Load() {
+		_ = in.Refuse(ctx, channel.RefuseBusy, fmt.Sprintf("%s: %v", d.a.cfg.Host, errLeavingHost))
+		return
+	}
 	lookup, cancel := context.WithTimeout(ctx, arbiterTimeout)
 	defer cancel()
 	rec, err := d.a.arbiter.Lookup(lookup, d.id)

@@ -148,6 +148,9 @@ func (d *domain) enable(ctx context.Context, info virt.Info, peer string) error 
 	d.enabling.Lock()
 	defer d.enabling.Unlock()
 	a := d.a
+	if a.leaving.Load() {
+		return errLeavingHost
+	}
 	if _, err := a.cfg.Peer(peer); err != nil {
 		return err
 	}

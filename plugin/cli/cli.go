@@ -36,7 +36,7 @@ func App() *cli.App {
 		Description: description,
 		HideVersion: true,
 		Commands: []*cli.Command{
-			enableCommand(), disableCommand(), suspendCommand(), resumeCommand(), failoverCommand(),
+			enableCommand(), disableCommand(), suspendCommand(), resumeCommand(), failoverCommand(), handoverCommand(),
 			restartBackupCommand(), migrateBackupCommand(), statusCommand(), listCommand(), checkCommand(), doctorCommand(), eventsCommand(), verifyCommand(), diagnoseCommand(),
 			xmlCommand(), virshCommand(), logCommand(), arbiterCommand(), witnessCommand(), pkiCommand(), configCommand(), agentCommand(), labcli.Command(),
 		},

@@ -229,7 +229,7 @@ func (r *run) prepare(a guest.Artifacts) error {
 // fromTree is what of the repository is there to install by hand.
 var fromTree = []string{
 	"bin/ftvirt", "bin/ftvirt.so", "bin/ftvirt-hook", "ftvirt.toml.example",
-	"contrib/ftvirt-agent.service", "contrib/ftvirt-witness.service", "contrib/apparmor-libvirt-qemu",
+	"contrib/ftvirt-agent.service", "contrib/ftvirt-handover.service", "contrib/ftvirt-witness.service", "contrib/apparmor-libvirt-qemu",
 }
 
 func (r *run) putTree(h *host) error {

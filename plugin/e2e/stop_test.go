@@ -142,3 +142,43 @@ func gone(t *testing.T, vm *scenario.VM, h *lab.Host) error {
 	}
 	return nil
 }
+
+// A host that is to be shut down hands its domain over, and gives its backup of
+// another one up, whose primary goes on at once; it takes no part in new pairs.
+func TestHandover(t *testing.T) {
+	b, hosta, hostb := bed(t)
+	handover := func(h *lab.Host) string {
+		out, err := h.Exec(t.Context(), filepath.Join(lab.BinDir, "ftvirt"), "handover", "--timeout", "30s")
+		must(t, err)
+		t.Log(out)
+		return out
+	}
+	t.Cleanup(func() { must(t, b.RestartAgent(context.Background(), hosta, nil)) })
+	vm, traffic := protected(t, b, hosta, hostb)
+	began := time.Now()
+	if out := handover(hosta); !strings.Contains(out, "was handed over to hostb") {
+		t.Errorf("it says %q", out)
+	}
+	alive(t, traffic, began)
+	runsOnlyOn(t, b, vm, hostb, hosta)
+	refused(t, vm, hosta)
+	if err := protect(t, vm, hostb, hosta); err == nil || !strings.Contains(err.Error(), "handed over") {
+		t.Errorf("a host that was handed over took a backup: %v", err)
+	}
+
+	must(t, b.RestartAgent(t.Context(), hosta, nil))
+	must(t, protect(t, vm, hostb, hosta))
+	must(t, scenario.Pause(t.Context(), 2*time.Second))
+	began = time.Now()
+	if out := handover(hosta); !strings.Contains(out, "goes on without its backup here") {
+		t.Errorf("it says %q", out)
+	}
+	s, err := b.WaitState(t.Context(), hostb, vm.Name, "live", 15*time.Second)
+	must(t, err)
+	if s.Reason != "backup-lost" {
+		t.Errorf("reason %s, want backup-lost", s.Reason)
+	}
+	alive(t, traffic, began)
+	must(t, b.WaitGone(t.Context(), hosta, vm.Name))
+	must(t, traffic.Stop())
+}

@@ -285,6 +285,35 @@ func (c *Client) Failover(ctx context.Context, domain string) error {
 	return c.post(ctx, "/v1/failover", enableRequest{Domain: domain})
 }
 
+// HandoverDomain is what becomes of one domain when a host is handed over. See the
+// agent's HandoverDomain for what each field means.
+type HandoverDomain struct {
+	Domain string      `json:"domain"`
+	UUID   plugin.UUID `json:"uuid"`
+	Open   bool        `json:"open"`
+	Stays  bool        `json:"stays"`
+	Text   string      `json:"text"`
+}
+
+// Handover clears the host of pairs, step by step: it is to be called until no
+// domain is open.
+func (c *Client) Handover(ctx context.Context) ([]HandoverDomain, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	body, err := c.do(ctx, http.MethodPost, "/v1/handover", nil)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = body.Close() }()
+	var reply struct {
+		Domains []HandoverDomain `json:"domains"`
+	}
+	if err := json.NewDecoder(io.LimitReader(body, maxReply)).Decode(&reply); err != nil {
+		return nil, c.noAnswer(ctx, fmt.Errorf("its answer: %w", err))
+	}
+	return reply.Domains, nil
+}
+
 // RestartBackup discards the backup of a domain that runs on the host and makes
 // another, on peer unless that is empty.
 func (c *Client) RestartBackup(ctx context.Context, domain, peer string) error {
