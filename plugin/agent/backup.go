@@ -151,10 +151,11 @@ func (d *domain) untilFree(ctx context.Context) (pair.Status, bool) {
 const freeTimeout = 2 * time.Second
 
 // begin makes a new session the only one that may add to the log, and tells from
-// where on the log has to come.
+// where on the log has to come. One that it takes the place of is lost, whether or
+// not the new one comes about: nobody listens for the primary before that.
 func (b *backup) begin(whole bool) (number uint64, end plugin.Position) {
 	b.mu.Lock()
-	old := b.conn
+	old, lost := b.conn, b.newest
 	b.conn, b.writer = nil, nil
 	b.newest++
 	number = b.newest
@@ -166,6 +167,7 @@ func (b *backup) begin(whole bool) (number uint64, end plugin.Position) {
 	if old != nil {
 		// The primary knows best that it broke. Requests of it that are still
 		// served are not waited for.
+		b.d.post(pair.Event{Kind: pair.EventSessionLost, Epoch: b.epoch, Session: lost})
 		b.d.a.wg.Go(func() { _ = old.Close() })
 	}
 	return number, end

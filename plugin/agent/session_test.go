@@ -165,6 +165,35 @@ func TestLateEndOfASession(t *testing.T) {
 	}
 }
 
+// The primary's host dies while it makes a new session, which this side took in the
+// place of one that it held for well: nothing but that tells of the loss.
+func TestSessionThatIsReplacedByNone(t *testing.T) {
+	t.Parallel()
+	s := newSessions(t)
+	c, _ := s.dial()
+	defer func() { _ = c.Close() }()
+	s.until(pair.EventSessionRestored)
+	nc, _, err := channel.Dial(s.ctx, channel.Plain(), s.addr, channel.Hello{
+		Purpose: channel.PurposeSession, From: "hosta", To: "hostb", Domain: s.d.id, Epoch: 1, Target: targetResume,
+	}, channel.DefaultConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = nc.Close() }()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for range 10 * pair.DefaultConfig().Grace {
+		<-tick.C
+		for len(s.d.inbox) > 0 {
+			s.m.Step(<-s.d.inbox)
+		}
+		s.m.Step(pair.Event{Kind: pair.EventTick})
+	}
+	if st := s.m.Status(); st.State != pair.GoingLive {
+		t.Errorf("the pair is %s, and has no session", st)
+	}
+}
+
 // A log that is none of QEMU's does not come again and again over new sessions: the
 // backup is of no use.
 func TestLogThatCannotBeReplayed(t *testing.T) {
