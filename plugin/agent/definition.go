@@ -420,8 +420,18 @@ func (d *domain) define(ctx context.Context, rec arbiter.Record) error {
 	if k == nil && !wish.Backup() {
 		return nil
 	}
-	if err := d.defineBest(ctx, k, live, wish); err != nil {
-		return err
+	defined := false
+	if k == nil && info.Persistent {
+		// An earlier version did it, and left the annotation as it was. What was
+		// edited since is not undone.
+		if defined, err = d.definedAs(ctx, live); err != nil {
+			return err
+		}
+	}
+	if !defined {
+		if err := d.defineBest(ctx, k, live, wish); err != nil {
+			return err
+		}
 	}
 	if k != nil && k.Autostart != nil {
 		if err := d.a.virt.SetAutostart(ctx, d.id, *k.Autostart); err != nil {
@@ -480,6 +490,31 @@ func (d *domain) defineAs(ctx context.Context, k *keptDefinition, live *libvirtx
 	}
 	_, err = d.a.virt.Define(ctx, text)
 	return err
+}
+
+// definedAs tells whether libvirt's definition is of the copy that runs: whether it
+// has its disks.
+func (d *domain) definedAs(ctx context.Context, live *libvirtxml.Domain) (bool, error) {
+	text, err := d.a.virt.XML(ctx, d.id, true)
+	if err != nil {
+		return false, err
+	}
+	def, err := hooks.Parse([]byte(text))
+	if err != nil || live.Devices == nil || def.Devices == nil {
+		return false, err
+	}
+	named := map[image]bool{}
+	for _, x := range def.Devices.Disks {
+		if i, ok := imageOf(x); ok {
+			named[i] = true
+		}
+	}
+	for _, x := range live.Devices.Disks {
+		if i, ok := imageOf(x); ok && !named[i] {
+			return false, nil
+		}
+	}
+	return true, nil
 }
 
 // settleNow makes the definition before the domain is changed in a way that would

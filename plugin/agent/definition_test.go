@@ -288,3 +288,36 @@ func TestOwnerDefines(t *testing.T) {
 		})
 	}
 }
+
+// A copy that went live under an earlier version was defined by it, and its
+// annotation left as it was: what was edited since stays. A definition of another
+// copy, whose disks are old, does not.
+func TestDefinedByAnEarlierVersion(t *testing.T) {
+	t.Parallel()
+	a := definingAgent(t)
+	for image, kept := range map[string]bool{"new": true, "old": false} {
+		id := plugin.UUID{0xd, 3, image[0]}
+		describe := func(mib int, metadata, image string) string {
+			return strings.Replace(definable(id, mib, metadata), "</domain>", "<devices><disk type='file'><source file='/nonexistent/"+image+"'/>"+
+				"<target dev='vda'/></disk></devices></domain>", 1)
+		}
+		backup := hooks.Annotation{Mode: hooks.ModeProtected, Role: plugin.RoleBackup, Epoch: 1, Peer: "hosta"}.String()
+		_, err := a.virt.Define(t.Context(), describe(100, backup, "new"))
+		if err == nil {
+			err = a.virt.Start(t.Context(), id)
+		}
+		if err == nil {
+			_, err = a.virt.Define(t.Context(), describe(200, wished, image))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := newDomain(a, id)
+		// What is not transformed cannot be made a definition of, so that it is seen
+		// whether that is tried.
+		err = d.define(t.Context(), arbiter.Record{Epoch: 1, Primary: "hosta", Backup: "hostb", Owner: "hostb"})
+		if (err == nil) != kept {
+			t.Errorf("with disk %s: %v", image, err)
+		}
+	}
+}
