@@ -164,6 +164,8 @@ type bed struct {
 	ports   map[uint16]uint16                // the primary's
 	params  string                           // of the guest's kernel
 	devices func(dir string) []string        // more of them, as arguments
+	// iops is how many requests a second the disk takes, 0 for as many as it can.
+	iops int
 	// reach makes the guest of a backup that went live be reached as well.
 	reach bool
 }
@@ -246,8 +248,6 @@ func (b *bed) start(ctx context.Context, name, role string, extra ...string) (*m
 		"-kernel", b.guest.Kernel, "-initrd", b.guest.Initrd,
 		"-append", "console=ttyS0 quiet ip=10.0.2.15/24,10.0.2.2 " + b.params,
 		"-chardev", "file,id=charserial0,path=" + dir + "/console", "-device", "isa-serial,chardev=charserial0",
-		"-blockdev", `{"driver":"file","filename":"` + dir + `/disk.raw","node-name":"libvirt-1-storage"}`,
-		"-blockdev", `{"driver":"blkreplay","node-name":"ftvirt-rr-0","image":"libvirt-1-storage"}`,
 		"-device", "pcie-root-port,id=p1,chassis=1,addr=1", "-device", "pcie-root-port,id=p2,chassis=2,addr=2",
 		"-device", "virtio-blk-pci,id=virtio-disk0,drive=ftvirt-rr-0,ioeventfd=off,event_idx=off,bus=p1",
 		"-netdev", "user,id=hostnet0" + fwd,
@@ -255,6 +255,14 @@ func (b *bed) start(ctx context.Context, name, role string, extra ...string) (*m
 		"-object", "filter-replay,id=ftvirt-nf-0,netdev=hostnet0",
 		"-qmp", "unix:" + dir + "/qmp.sock,server=on,wait=off",
 	}
+	args = append(args, "-blockdev", `{"driver":"file","filename":"`+dir+`/disk.raw","node-name":"libvirt-1-storage"}`)
+	image := "libvirt-1-storage"
+	if b.iops > 0 {
+		image = "slow"
+		args = append(args, "-object", fmt.Sprintf("throttle-group,id=slow,x-iops-total=%d", b.iops),
+			"-blockdev", `{"driver":"throttle","node-name":"slow","throttle-group":"slow","file":"libvirt-1-storage"}`)
+	}
+	args = append(args, "-blockdev", `{"driver":"blkreplay","node-name":"ftvirt-rr-0","image":"`+image+`"}`)
 	args = append(append(args, b.devices(dir)...), extra...)
 	m := &machine{t: b.t, dir: dir, ports: ports, done: make(chan struct{}), changed: make(chan struct{}), digests: map[plugin.Position]control.Digest{}, memory: map[string]string{}}
 	stderr, err := os.Create(filepath.Join(dir, "stderr"))
