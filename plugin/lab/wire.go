@@ -263,7 +263,7 @@ func (w Weather) loses(frame []byte) bool {
 	if frame[segmented] != 0 {
 		size = int(binary.NativeEndian.Uint16(frame[headersSize:])) - etherHeader + int(binary.NativeEndian.Uint16(frame[segmentSize:]))
 	}
-	protocol := -1
+	var protocol int
 	switch ether := binary.BigEndian.Uint16(frame[offloadHeader+etherHeader-2:]); {
 	case ether == unix.ETH_P_IP && len(packet) >= 20:
 		protocol = int(packet[9])

@@ -141,10 +141,10 @@ func (m *Machine) resumed() {
 	if m.unfit == Paused {
 		m.unfit = ReasonNone
 	}
-	switch {
-	case m.state == Protected:
+	switch m.state {
+	case Protected:
 		m.becomeProtected(m.graceReason())
-	case m.state == GoingLive:
+	case GoingLive:
 		m.becomeGoingLive(m.cause)
 		if m.won {
 			m.promote = m.cfg.Promote
