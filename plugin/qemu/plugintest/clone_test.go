@@ -525,7 +525,7 @@ func boot(ctx context.Context, t *testing.T) *pair {
 
 // power starts a primary with a new disk, and waits for its guest.
 func (p *pair) power(ctx context.Context, t *testing.T, name string) error {
-	if err := p.bed.guest.NewDisk(ctx, filepath.Join(mkdir(t, p.dir, name), "disk.raw"), "raw"); err != nil {
+	if err := p.guest.NewDisk(ctx, filepath.Join(mkdir(t, p.dir, name), "disk.raw"), "raw"); err != nil {
 		return err
 	}
 	a, err := p.start(ctx, name, "primary")
