@@ -82,11 +82,9 @@ func (k *keptDefinition) domain(o hooks.Options) (*libvirtxml.Domain, error) {
 }
 
 // definitionDir holds what is kept, a file for each domain.
-func (a *Agent) definitionDir() string { return filepath.Join(a.cfg.Agent.StateDir, "definitions") }
+func (a *Agent) definitionDir() string { return filepath.Dir(a.cfg.Agent.KeptDefinition("")) }
 
-func (d *domain) keptPath() string {
-	return filepath.Join(d.a.definitionDir(), d.id.String()+".json")
-}
+func (d *domain) keptPath() string { return d.a.cfg.Agent.KeptDefinition(d.id.String()) }
 
 // kept reads what is kept of the domain's definition, nil if nothing is.
 func (d *domain) kept() (*keptDefinition, error) {

@@ -70,6 +70,12 @@ type Agent struct {
 	LogLevel   slog.Level `toml:"log_level"`
 }
 
+// KeptDefinition is where the agent keeps the definition of a domain, by its UUID,
+// of which libvirt here may have an old one.
+func (a Agent) KeptDefinition(domain string) string {
+	return filepath.Join(a.StateDir, "definitions", domain+".json")
+}
+
 // Channel configures the logging channel between agents.
 type Channel struct {
 	Listen string `toml:"listen"`

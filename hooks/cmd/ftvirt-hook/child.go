@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"strings"
@@ -102,9 +103,31 @@ func ask(ctx context.Context, q question) error {
 	if err != nil {
 		return fmt.Errorf("it is protected, and the arbiter cannot be asked: %w", err)
 	}
-	err = decide(ctx, arb, q.Domain, q.Host, q.Annotation)
+	kept, err := keptEpoch(cfg.Agent.KeptDefinition(q.Domain.String()))
+	if err != nil {
+		return err
+	}
+	err = decide(ctx, arb, q.Domain, q.Host, q.Annotation, kept)
 	flush, cancel := context.WithTimeout(context.WithoutCancel(ctx), flushTime)
 	defer cancel()
 	seen.Flush(flush)
 	return err
+}
+
+// keptEpoch is the epoch of the definition that the agent keeps, 0 if none.
+func keptEpoch(path string) (plugin.Epoch, error) {
+	text, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	var k struct {
+		Epoch plugin.Epoch `json:"epoch"`
+	}
+	if err == nil {
+		err = json.Unmarshal(text, &k)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("the definition that ftvirt's agent keeps of it is damaged: %s: %w; see its log", path, err)
+	}
+	return k.Epoch, nil
 }

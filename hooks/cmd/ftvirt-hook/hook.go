@@ -214,7 +214,10 @@ func (h hook) filter(text []byte, filter func([]byte, hooks.Options) ([]byte, er
 
 // decide asks the arbiter, and takes an undecided epoch before the copy here
 // may run.
-func decide(ctx context.Context, arb decider, id plugin.UUID, host string, a hooks.Annotation) error {
+//
+// kept is the epoch of the definition that the agent keeps, 0 if none: one that
+// libvirt does not have yet, of a domain whose newest disks came with that epoch.
+func decide(ctx context.Context, arb decider, id plugin.UUID, host string, a hooks.Annotation, kept plugin.Epoch) error {
 	rec, err := arb.Lookup(ctx, id)
 	switch {
 	case errors.Is(err, arbiter.ErrNoRecord):
@@ -228,6 +231,10 @@ func decide(ctx context.Context, arb decider, id plugin.UUID, host string, a hoo
 	v := arbiter.MayStart(rec, host, a.Backup())
 	switch v.Decision {
 	case arbiter.StartAllowed:
+		if kept != 0 && kept == rec.Epoch && !a.Backup() {
+			return fmt.Errorf("its definition here may name older disks than those of epoch %d, which this host owns: "+
+				"ftvirt's agent is about to replace it; try again, and see 'ftvirt status' if that lasts", kept)
+		}
 		return nil
 	case arbiter.StartAfterAcquire:
 		// The backup may be going live at this moment.

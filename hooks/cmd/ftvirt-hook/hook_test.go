@@ -63,7 +63,7 @@ func newHook(t *testing.T, arb decider) hook {
 			return c, nil
 		},
 		ask: func(ctx context.Context, cfg config.Config, id plugin.UUID, a hooks.Annotation) error {
-			return decide(ctx, arb, id, cfg.Host, a)
+			return decide(ctx, arb, id, cfg.Host, a, 0)
 		},
 	}
 }
@@ -277,6 +277,27 @@ func TestBinary(t *testing.T) {
 		out, err := run(tc.xml, begin(tc.op, tc.subop)...)
 		if (err != nil) != (tc.says != "") || !strings.Contains(out, tc.says) || tc.says == "" && out != "" {
 			t.Errorf("%s %s: %v: %q, want %q", tc.op, tc.subop, err, out, tc.says)
+		}
+	}
+	// A domain that came to this host from another, of which libvirt has an old
+	// definition as long as the agent has not made the new one.
+	if epoch, err = arb.Open(t.Context(), uuid, "hostb", "hosta"); err == nil {
+		err = arb.Acquire(t.Context(), uuid, epoch, "hosta")
+	}
+	kept := config.Agent{StateDir: filepath.Join(dir, "state")}.KeptDefinition(uuid.String())
+	if err = errors.Join(err, os.MkdirAll(filepath.Dir(kept), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	for text, says := range map[string]string{
+		fmt.Sprintf(`{"epoch":%d}`, epoch):   "older disks",
+		fmt.Sprintf(`{"epoch":%d}`, epoch-1): "",
+		"{":                                  "damaged",
+	} {
+		if err := os.WriteFile(kept, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if out, err := run(protected, prepare...); (err != nil) != (says != "") || !strings.Contains(out, says) {
+			t.Errorf("with %s kept: %v: %q, want %q", text, err, out, says)
 		}
 	}
 	// What was saved with the plugin elsewhere finds it where it is now.
