@@ -128,7 +128,7 @@ static bool find_reset(void ***reset)
             }
         }
     }
-    *reset = &class[1][at - 4];
+    *reset = class[1] + at - 4;
     return true;
 }
 

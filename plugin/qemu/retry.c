@@ -27,7 +27,7 @@ void ft_retry(void)
     }
     q.replay_state->block_request_id = next_id;
     for (int i = 0; i < POLLS; i++) {
-        q.aio_poll(ft.main_context, false);
+        q.aio_poll(q.qemu_get_aio_context(), false);
     }
     count = q.replay_state->block_request_id - next_id;
     q.replay_state->block_request_id = of_log;
