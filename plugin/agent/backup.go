@@ -34,7 +34,8 @@ type backup struct {
 	receiver *migrate.Receiver
 	holding  sync.WaitGroup // a diagnosis that still has to take hold of the spool
 
-	beating atomic.Pointer[vm] // what vm is
+	beating    atomic.Pointer[vm] // what vm is
+	diskFailed atomic.Bool        // a request to one of the replicas failed
 
 	attaching sync.Mutex // held while a plugin is taken
 	opening   sync.Mutex // held while a session is made, before welcoming

@@ -72,6 +72,7 @@ func (d *domain) tellPause(v *vm, why string) {
 		d.a.log.Info("the domain's QEMU goes on", "domain", d.label())
 	case control.PauseIOError:
 		ev.Reason = pair.IOError
+		d.noteDiskFailed()
 		d.a.log.Error("the domain's QEMU is paused: a request to one of its disks failed", "domain", d.label())
 	default:
 		d.a.log.Warn("the domain's QEMU is paused", "domain", d.label(), "by", why)
@@ -89,9 +90,17 @@ func (a *Agent) diskFailed(e virt.DiskError) {
 		return
 	}
 	a.log.Error("a request to a disk failed", "domain", d.label(), "image", e.Path, "reason", e.Reason, "guest_was_told", e.Told)
+	d.noteDiskFailed()
 	if e.Told {
 		// libvirt's event loop calls this.
 		go d.post(pair.Event{Kind: pair.EventLocalUnfit, Reason: pair.IOError})
+	}
+}
+
+// noteDiskFailed notes that a disk of the copy here failed.
+func (d *domain) noteDiskFailed() {
+	if _, _, _, b := d.snapshot(); b != nil {
+		b.diskFailed.Store(true)
 	}
 }
 

@@ -58,8 +58,10 @@ func (d *domain) execute(ctx context.Context, act pair.Action) {
 	case pair.ActionKillLocalVM:
 		d.removing(func() { d.remove(ctx, v, nil) })
 	case pair.ActionDiscardBackup:
-		if b != nil && act.Reason == pair.IOError {
-			b.receiver.Keep = false // a disk that failed is no seed, and its room is wanted
+		if b != nil && b.diskFailed.Load() {
+			// It is no seed, and its room is wanted. One whose primary's disk failed
+			// may be the best copy that there is.
+			b.receiver.Keep = false
 		}
 		d.removing(func() { d.remove(ctx, v, b) })
 	case pair.ActionEndBackup:
