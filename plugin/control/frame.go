@@ -79,15 +79,17 @@ type Mode uint8
 
 // The modes, as in plugin/qemu/ftvirt.h.
 const (
-	ModeBoot   Mode = iota // loaded, not started yet
-	ModeIdle               // unprotected
-	ModeRecord             // primary
-	ModeReplay             // backup
-	ModeLive               // went live, or goes on alone
+	ModeBoot       Mode = iota // loaded, not started yet
+	ModeIdle                   // unprotected
+	ModeRecord                 // primary
+	ModeReplay                 // backup
+	ModeLive                   // went live, or goes on alone
+	ModeCheckpoint             // primary of the checkpoint method
+	ModeStandby                // its backup
 )
 
 func (m Mode) String() string {
-	names := [...]string{"boot", "idle", "record", "replay", "live"}
+	names := [...]string{"boot", "idle", "record", "replay", "live", "checkpoint", "standby"}
 	if int(m) < len(names) {
 		return names[m]
 	}
@@ -270,7 +272,7 @@ func parseHello(p []byte) (Hello, error) {
 	if err := r.err(); err != nil {
 		return h, err
 	}
-	if h.Mode > ModeLive || h.Head < h.Tail || h.Window <= 0 {
+	if h.Mode > ModeStandby || h.Head < h.Tail || h.Window <= 0 {
 		return h, ErrMalformed
 	}
 	return h, nil
@@ -283,7 +285,7 @@ func parseState(p []byte) (State, error) {
 		Icount: r.uint(8), PauseNS: int64(r.uint(8)), Dropped: r.uint(8),
 	}
 	s.Text = r.rest()
-	if s.Mode > ModeLive {
+	if s.Mode > ModeStandby {
 		return s, ErrMalformed
 	}
 	return s, r.err()

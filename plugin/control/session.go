@@ -47,6 +47,10 @@ type Handler struct {
 	Memory   func(Memory)
 	Looked   func(Looked)
 	Refused  func(error) // wraps ErrPlugin
+	// Of the checkpoint method.
+	Blocks  func(Blocks)
+	Staged  func(Staged)
+	Applied func(uint64)
 }
 
 // Session is one connection of one domain's plugin.
@@ -54,8 +58,10 @@ type Session struct {
 	conn  net.Conn
 	r     *bufio.Reader
 	hello Hello
-	qemu  *os.Process
-	user  int
+	// staging is what came with HELLO of a plugin of the checkpoint method.
+	staging *os.File
+	qemu    *os.Process
+	user    int
 
 	mu  sync.Mutex // writes
 	buf []byte
@@ -91,7 +97,12 @@ func (s *Session) Kill() error {
 }
 
 // Close ends the connection; the plugin connects again by itself.
-func (s *Session) Close() error { return s.conn.Close() }
+func (s *Session) Close() error {
+	if s.staging != nil {
+		_ = s.staging.Close()
+	}
+	return s.conn.Close()
+}
 
 func (s *Session) send(t frameType, fields ...uint64) error {
 	return s.sendBytes(t, nil, fields...)
@@ -241,6 +252,12 @@ func (h *Handler) dispatch(t frameType, p []byte) error {
 		err = deliver(p, parseMemory, h.Memory)
 	case frameLooked:
 		err = deliver(p, parseLooked, h.Looked)
+	case frameBlocks:
+		err = deliver(p, parseBlocks, h.Blocks)
+	case frameStaged:
+		err = deliver(p, parseStaged, h.Staged)
+	case frameApplied:
+		err = deliver(p, parseApplied, h.Applied)
 	case frameError:
 		if len(p) < 1 {
 			err = ErrMalformed
@@ -386,9 +403,15 @@ func (s *Session) greet() error {
 	if err := s.conn.SetReadDeadline(time.Now().Add(helloTimeout)); err != nil {
 		return fmt.Errorf("plugin hello: %w", err)
 	}
-	s.r = bufio.NewReaderSize(s.conn, 256<<10)
+	in := passed{}
+	var r io.Reader = s.conn
+	if u, ok := s.conn.(*net.UnixConn); ok {
+		in.conn, r = u, &in
+	}
+	s.r = bufio.NewReaderSize(r, 256<<10)
 	var buf []byte
 	t, p, err := readFrame(s.r, &buf)
+	s.staging = in.file
 	if err != nil {
 		return fmt.Errorf("plugin hello: %w", err)
 	}

@@ -109,10 +109,37 @@ static bool check_timers_state(const char **why)
     return fits || refuse(why, "%s lies otherwise in this QEMU", "TimersState");
 }
 
+static bool check_no_replay(const char **why)
+{
+    return *q.replay_mode == Q_REPLAY_NONE ||
+           refuse(why, "%s", "checkpoints are taken of a QEMU without record/replay: "
+                  "leave out -icount rr=, or method=checkpoint");
+}
+
+/* Time stands still until the VM starts. */
+static bool check_ticks(const char **why)
+{
+    struct q_timers_state saved = *q.timers_state;
+    bool fits;
+
+    q.timers_state->cpu_ticks_offset = 0x1234567812345678;
+    q.timers_state->cpu_clock_offset = 0x3456789a;
+    fits = q.cpu_get_ticks() == 0x1234567812345678 &&
+           q.cpu_get_clock_locked() == 0x3456789a;
+    q.timers_state->cpu_ticks_prev = saved.cpu_ticks_prev;
+    q.timers_state->cpu_ticks_offset = saved.cpu_ticks_offset;
+    q.timers_state->cpu_clock_offset = saved.cpu_clock_offset;
+    return fits || refuse(why, "%s lies otherwise in this QEMU", "TimersState");
+}
+
 bool ft_check(const char **why)
 {
     if (!resolve(why) || !check_version(why)) {
         return false;
+    }
+    if (ft.checkpoints) {
+        return check_no_replay(why) && check_ticks(why) && ft_look_init(why) &&
+               ft_gate_init(why);
     }
     if (*q.replay_mode != Q_REPLAY_RECORD || !*q.replay_file) {
         return refuse(why, "%s", "QEMU must be started with "

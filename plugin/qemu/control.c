@@ -16,7 +16,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#include "ftvirt.h"
+#include "checkpoint/checkpoint.h"
 
 #define PROTOCOL 1
 #define HEADER 5
@@ -24,6 +24,7 @@
 
 enum frame {
     HELLO = 1, LOG, STATE, CONSUMED, STATS, DIVERGED, ERROR, DIGEST, MEMORY, LOOKED,
+    BLOCKS = 32, STAGED, APPLIED,
     WELCOME = 64, ARM, DISARM, ACK, FEED, PROMOTE, OPEN, IDLE, CONFIG, PACE, CHECK, HOLD, LOOK,
 };
 
@@ -44,6 +45,7 @@ enum frame {
  * leaves is out of before: nobody waits for the lock while it is sent. */
 static struct {
     int fd;
+    bool greeted; /* the first bytes of the connection have left */
     uint8_t in[HEADER + FT_FRAME_MAX];
     size_t in_len;
     uint8_t buffers[2][OUT_MAX];
@@ -198,6 +200,63 @@ void ft_send_looked(uint64_t id, uint64_t icount, unsigned flags,
     ft_wake_io();
 }
 
+/* What a checkpoint is made of, and how the staging lies. */
+void ft_send_blocks(void)
+{
+    size_t len = 8 * 4;
+    uint8_t *p;
+
+    for (unsigned i = 0; i < ck.count; i++) {
+        len += 8 + 1 + strlen(ck.blocks[i].name);
+    }
+    if (!ft.connected || !(p = frame(BLOCKS, len))) {
+        return;
+    }
+    p = put(p, ck.stage_size, 8);
+    p = put(p, ck.table_at, 8);
+    p = put(p, ck.device_at, 8);
+    p = put(p, ck.pages_at, 8);
+    for (unsigned i = 0; i < ck.count; i++) {
+        size_t n = strlen(ck.blocks[i].name);
+
+        p = put(p, ck.blocks[i].pages, 8);
+        p = put(p, n, 1);
+        memcpy(p, ck.blocks[i].name, n);
+        p += n;
+    }
+    ft_wake_io();
+}
+
+void ft_send_staged(void)
+{
+    uint8_t *p = ft.connected ? frame(STAGED, 8 * 9 + 1) : NULL;
+
+    if (!p) {
+        return;
+    }
+    p = put(p, ck.last.number, 8);
+    p = put(p, ck.last.pages, 8);
+    p = put(p, ck.last.device, 8);
+    p = put(p, ck.last.left, 8);
+    p = put(p, ck.last.running, 1);
+    p = put(p, ck.last.stop_ns, 8);
+    p = put(p, ck.last.drain_ns, 8);
+    p = put(p, ck.last.copy_ns, 8);
+    p = put(p, ck.last.device_ns, 8);
+    put(p, ck.last.resume_ns, 8);
+    ft_wake_io();
+}
+
+void ft_send_applied(uint64_t number)
+{
+    uint8_t *p = ft.connected ? frame(APPLIED, 8) : NULL;
+
+    if (p) {
+        put(p, number, 8);
+        ft_wake_io();
+    }
+}
+
 static void send_error(enum frame to, const char *text)
 {
     size_t len = strnlen(text, 200);
@@ -222,8 +281,8 @@ static void send_hello(void)
     p = put(p, ft.mode, 1);
     memcpy(p, ft.uuid, 16);
     p = put(p + 16, ft.epoch, 8);
-    p = put(p, ft.ring.tail, 8);
-    p = put(p, ft.ring.head, 8);
+    p = put(p, ft.checkpoints ? ft.acked : ft.ring.tail, 8);
+    p = put(p, ft.checkpoints ? ck.number : ft.ring.head, 8);
     p = put(p, q.timers_state->qemu_icount, 8);
     p = put(p, getpid(), 4);
     p = put(p, ft.qemu_major, 1);
@@ -354,18 +413,23 @@ static const char *take_ack(const uint8_t *p, size_t len)
         return "ACK is 8 bytes";
     }
     pos = get(p, 8);
-    if (ft.mode != FT_RECORD || pos <= ft.acked) {
+    if ((ft.mode != FT_RECORD && ft.mode != FT_CHECKPOINT) || pos <= ft.acked) {
         return NULL;
     }
-    if (pos > ft.sent) {
+    if (pos > (ft.checkpoints ? ck.number : ft.sent)) {
         return "ACK of what was not sent";
     }
     now = ft_boot_ns();
     if (now - io.looked_ns > FT_SILENCE_NS) {
-        ft.doubt = ft.ring.head;
+        ft.doubt = ft.checkpoints ? ck.number : ft.ring.head;
     }
-    ft.acked = ft.ring.tail = pos;
-    pthread_cond_broadcast(&ft.space);
+    ft.acked = pos;
+    if (ft.checkpoints) {
+        ck_acked();
+    } else {
+        ft.ring.tail = pos;
+        pthread_cond_broadcast(&ft.space);
+    }
     if (pos <= ft.doubt) {
         return NULL;
     }
@@ -403,6 +467,9 @@ static const char *take_welcome(const uint8_t *p, size_t len)
     ft.connected = true;
     if (ft.started && !ft.running) {
         ft_send_stopped(); /* this agent has not heard of it */
+    }
+    if (ft.checkpoints) {
+        ck_welcomed();
     }
     return NULL;
 }
@@ -450,8 +517,12 @@ static const char *take(enum frame type, const uint8_t *p, size_t len)
         ft.arm = false;
         return NULL;
     case PROMOTE:
-        if (ft.mode != FT_REPLAY || !ft.loaded || epoch != ft.epoch) {
+        if ((ft.mode != FT_REPLAY && ft.mode != FT_STANDBY) || !ft.loaded || epoch != ft.epoch) {
             send_error(type, "only a loaded backup of this epoch goes live");
+            return NULL;
+        }
+        if (ft.checkpoints) {
+            ck_promote();
             return NULL;
         }
         ft.promote = true;
@@ -461,14 +532,18 @@ static const char *take(enum frame type, const uint8_t *p, size_t len)
         pthread_cond_broadcast(&ft.data);
         return NULL;
     case OPEN:
-        if (ft.mode != FT_RECORD || epoch != ft.epoch) {
+        if ((ft.mode != FT_RECORD && ft.mode != FT_CHECKPOINT) || epoch != ft.epoch) {
             send_error(type, "only a primary of this epoch goes on alone");
             return NULL;
         }
         ft_mode_open();
         return NULL;
     case IDLE:
-        ft_mode_schedule_idle();
+        if (ft.checkpoints) {
+            ck_schedule_idle();
+        } else {
+            ft_mode_schedule_idle();
+        }
         return NULL;
     case CONFIG:
         if (len != 8) {
@@ -514,8 +589,19 @@ static const char *take(enum frame type, const uint8_t *p, size_t len)
             return "PACE is 2 bytes, at most 900";
         }
         ft.pace = get(p, 2);
+        if (ft.checkpoints) {
+            ck_pace(ft.pace);
+        }
         return NULL;
     default:
+        if (ft.checkpoints) {
+            const char *why = ck_take(type, p, len);
+
+            if (why) {
+                send_error(type, why);
+            }
+            return NULL;
+        }
         return "unknown frame";
     }
 }
@@ -554,6 +640,7 @@ static bool connect_agent(void)
     }
     pthread_mutex_lock(&ft.lock);
     io.fd = fd;
+    io.greeted = false;
     send_hello();
     pthread_mutex_unlock(&ft.lock);
     return true;
@@ -644,6 +731,27 @@ static int housekeeping(void)
     return wait;
 }
 
+/* With the first bytes of a connection goes the staging of checkpoints. */
+static ssize_t send_some(uint8_t *from, size_t len)
+{
+    struct iovec iov = { from, len };
+    struct msghdr m = { .msg_iov = &iov, .msg_iovlen = 1 };
+    union {
+        struct cmsghdr header;
+        char room[CMSG_SPACE(sizeof(int))];
+    } with = { 0 };
+
+    if (ft.checkpoints && !io.greeted) {
+        m.msg_control = &with;
+        m.msg_controllen = sizeof(with.room);
+        with.header.cmsg_level = SOL_SOCKET;
+        with.header.cmsg_type = SCM_RIGHTS;
+        with.header.cmsg_len = CMSG_LEN(sizeof(int));
+        memcpy(CMSG_DATA(&with.header), &ck.fd, sizeof(int));
+    }
+    return sendmsg(io.fd, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
+}
+
 static bool transmit(void)
 {
     ssize_t n;
@@ -663,10 +771,10 @@ static bool transmit(void)
     if (!io.leaving_len) {
         return true;
     }
-    n = send(io.fd, io.leaving + io.left_len, io.leaving_len - io.left_len,
-             MSG_NOSIGNAL | MSG_DONTWAIT);
+    n = send_some(io.leaving + io.left_len, io.leaving_len - io.left_len);
     if (n > 0) {
         io.left_len += n;
+        io.greeted = true;
     }
     if (n < 0 && errno != EAGAIN && errno != EINTR) {
         disconnect(strerror(errno));

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * Entry of the plugin:
- *   -plugin file=ftvirt.so,socket=PATH,uuid=UUID[,role=backup][,ring=BYTES]
+ *   -plugin file=ftvirt.so,socket=PATH,uuid=UUID[,role=backup]
+ *           [,method=checkpoint][,ring=BYTES]
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -10,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "ftvirt.h"
+#include "checkpoint/checkpoint.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -118,12 +119,17 @@ static const char *configure(int argc, char **argv)
                 return "role= is primary or backup";
             }
             ft.backup = !strcmp(value, "backup");
+        } else if (!strcmp(argv[i], "method")) {
+            if (strcmp(value, "lockstep") && strcmp(value, "checkpoint")) {
+                return "method= is lockstep or checkpoint";
+            }
+            ft.checkpoints = !strcmp(value, "checkpoint");
         } else if (!strcmp(argv[i], "ring")) {
             if (!parse_ring(value, &ring)) {
                 return "ring= is a power of two, 4 MiB to 4 GiB, in bytes";
             }
         } else {
-            return "arguments are socket, uuid, role and ring";
+            return "arguments are socket, uuid, role, method and ring";
         }
     }
     if (!*ft.socket_path || !uuid) {
@@ -143,8 +149,13 @@ int qemu_plugin_install(uint64_t id, const void *info, int argc, char **argv)
         return -1;
     }
     ft.main_context = q.iohandler_get_aio_context();
-    ft_mode_init();
-    ft_power_init();
+    if (!ft.checkpoints) {
+        ft_mode_init();
+        ft_power_init();
+    } else if (!ck_init(&why)) {
+        ft_report("not loaded: %s", why);
+        return -1;
+    }
     if (!ft_control_init()) {
         ft_report("not loaded: %s", strerror(errno));
         return -1;

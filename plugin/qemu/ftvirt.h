@@ -28,6 +28,8 @@ enum ft_mode {
     FT_RECORD = 2, /* primary: log streamed, outputs gated */
     FT_REPLAY = 3, /* backup: log consumed, outputs dropped */
     FT_LIVE = 4,   /* after go-live: log thrown away, outputs pass */
+    FT_CHECKPOINT = 5, /* primary: state goes to the backup, outputs gated */
+    FT_STANDBY = 6,    /* backup: holds the newest complete checkpoint */
 };
 
 /* Bytes of log that may be unacknowledged before the guest is held. */
@@ -83,6 +85,7 @@ struct ft_state {
     char socket_path[108];
     uint8_t uuid[16];
     bool backup;
+    bool checkpoints; /* the method; false: lockstep */
     int qemu_major, qemu_minor, qemu_micro;
     /* AioContext of the main loop alone: what is scheduled in the usual one may
      * run in the vCPU's thread, while that waits for a disk (aio_poll). */
@@ -234,6 +237,9 @@ void ft_look(uint64_t id, uint32_t chunk);
 
 /* control.c: the agent. */
 bool ft_control_init(void);
+void ft_send_blocks(void);
+void ft_send_staged(void);
+void ft_send_applied(uint64_t number);
 bool ft_thread(void *(*f)(void *), const char *name);
 bool ft_thread_with(void *(*f)(void *), const char *name, void *opaque);
 void ft_wake_io(void);

@@ -11,7 +11,7 @@
 #include <string.h>
 #include <sys/uio.h>
 
-#include "ftvirt.h"
+#include "checkpoint/checkpoint.h"
 
 static size_t size_of(const struct iovec *iov, int n)
 {
@@ -71,9 +71,16 @@ static ssize_t defer(void *nf, void *sender, unsigned flags,
     return size;
 }
 
+/* Whether what the guest sends waits for the backup: from the switch on. The
+ * lock is held. */
+static bool gated(void)
+{
+    return ft.mode == FT_RECORD || (ft.mode == FT_CHECKPOINT && ck.number);
+}
+
 static bool may_leave(const struct ft_packet *p)
 {
-    return ft.mode != FT_RECORD || p->pos <= ft.open_to;
+    return !gated() || p->pos <= ft.open_to;
 }
 
 /* Called by QEMU with the BQL held, and in record mode from an event of the
@@ -83,23 +90,24 @@ static ssize_t gate_receive(void *nf, void *sender, unsigned flags,
 {
     struct q_netfilter_state *filter = nf;
     struct ft_packet *p;
-    enum ft_mode mode;
-    bool running;
+    bool waits, lost;
     size_t size;
 
     pthread_mutex_lock(&ft.lock);
-    running = ft.running;
-    mode = ft.gate_count && ft.mode != FT_REPLAY ? FT_RECORD : ft.mode;
+    waits = gated() || (ft.gate_count && ft.mode != FT_REPLAY);
+    /* A paused guest's card would take it when it resumes; the backup's, which
+     * does not pause, at once. It is lost, as in a switch. And what comes to a
+     * backup that holds checkpoints is for its primary. */
+    lost = ft.mode == FT_STANDBY ||
+           (filter->netdev == sender && ft.mode == FT_RECORD && !ft.running);
     pthread_mutex_unlock(&ft.lock);
-    if (filter->netdev == sender && mode == FT_RECORD && !running) {
-        /* A paused guest's card would take it when it resumes; the backup's,
-         * which does not pause, at once. It is lost, as in a switch. */
+    if (lost) {
         return size_of(iov, n);
     }
     if (filter->netdev == sender && in_gate) {
         return defer(nf, sender, flags, iov, n);
     }
-    if (filter->netdev == sender || mode != FT_RECORD) {
+    if (filter->netdev == sender || !waits) {
         return ft.filter_next(nf, sender, flags, iov, n, sent);
     }
     if (q.replay_mutex_locked()) {
@@ -117,7 +125,7 @@ static ssize_t gate_receive(void *nf, void *sender, unsigned flags,
     p->queued_ns = ft_now_ns();
 
     pthread_mutex_lock(&ft.lock);
-    p->pos = ft.ring.head;
+    p->pos = ft.checkpoints ? ck.number + 1 : ft.ring.head;
     if (ft.gate_count >= FT_GATE_PACKETS ||
         ft.gate_bytes + size > FT_GATE_BYTES) {
         ft.gate_dropped++;
@@ -131,6 +139,8 @@ static ssize_t gate_receive(void *nf, void *sender, unsigned flags,
     ft.gate_bytes += size;
     if (may_leave(p)) {
         pthread_cond_broadcast(&ft.gate);
+    } else if (ft.checkpoints) {
+        ck_wanted();
     } else {
         ft.flush = true;
         ft_wake_io();
@@ -208,7 +218,7 @@ static void *gate_thread(void *unused)
 
             next = p->next;
             pthread_mutex_lock(&ft.lock);
-            late = ft.mode == FT_RECORD &&
+            late = gated() &&
                    ft_boot_ns() - ft.open_ns > FT_SILENCE_NS;
             ft.gate_dropped += late;
             pthread_mutex_unlock(&ft.lock);

@@ -150,6 +150,7 @@ enum { Q_MAIN_LOOP_POLL_FILL = 0, Q_MAIN_LOOP_POLL_OK = 2 };
     X(void, tlb_flush, (void *cpu), "both sides start with an empty TLB") \
     X(void, qemu_notify_event, (void), "wakes the main loop") \
     X(int64_t, cpu_get_clock_locked, (void), "clock of the VM, adjusted at go-live; its lock may be held by the caller") \
+    X(int64_t, cpu_get_ticks, (void), "proves where its offset lies") \
     X(bool, replay_has_events, (void), "whether a halted vCPU is to be woken") \
     X(void, qemu_clock_notify, (int type), "wakes it") \
     X(bool, all_cpu_threads_idle, (void), "whether the vCPU is halted") \

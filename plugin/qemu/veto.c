@@ -37,6 +37,9 @@ static const char *const of_primary[] = {
     "stop", "system_reset", "system_powerdown", "dump-guest-memory",
 };
 
+/* A backup that holds checkpoints runs only when it goes live. */
+static const char *const of_standby[] = { "cont" };
+
 static const char replays[] =
     "this is a backup of ftvirt, which does what its primary does; "
     "ask the primary's host";
@@ -58,7 +61,7 @@ static void set(const char *const *list, size_t n, const char *why)
 void ft_veto(enum ft_mode mode)
 {
     static enum ft_mode before = FT_BOOT;
-    const char *why = mode == FT_REPLAY ? replays : reason;
+    const char *why = mode == FT_REPLAY || mode == FT_STANDBY ? replays : reason;
 
     if (mode == before) {
         return;
@@ -67,5 +70,7 @@ void ft_veto(enum ft_mode mode)
     set(commands, sizeof(commands) / sizeof(commands[0]),
         mode == FT_BOOT || mode == FT_IDLE ? NULL : why);
     set(of_primary, sizeof(of_primary) / sizeof(of_primary[0]),
-        mode == FT_REPLAY ? replays : NULL);
+        mode == FT_REPLAY || mode == FT_STANDBY ? replays : NULL);
+    set(of_standby, sizeof(of_standby) / sizeof(of_standby[0]),
+        mode == FT_STANDBY ? replays : NULL);
 }

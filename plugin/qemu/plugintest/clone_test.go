@@ -222,9 +222,6 @@ func freePort(t testing.TB) uint16 {
 
 func (b *bed) start(ctx context.Context, name, role string, extra ...string) (*machine, error) {
 	dir := filepath.Join(b.dir, name)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, err
-	}
 	ports := b.ports
 	if role == "backup" {
 		ports = nil
@@ -253,7 +250,6 @@ func (b *bed) start(ctx context.Context, name, role string, extra ...string) (*m
 		"-netdev", "user,id=hostnet0" + fwd,
 		"-device", "virtio-net-pci,id=net0,netdev=hostnet0,mac=52:54:00:12:34:56,ioeventfd=off,event_idx=off,guest_announce=off,bus=p2",
 		"-object", "filter-replay,id=ftvirt-nf-0,netdev=hostnet0",
-		"-qmp", "unix:" + dir + "/qmp.sock,server=on,wait=off",
 	}
 	args = append(args, "-blockdev", `{"driver":"file","filename":"`+dir+`/disk.raw","node-name":"libvirt-1-storage"}`)
 	image := "libvirt-1-storage"
@@ -264,6 +260,16 @@ func (b *bed) start(ctx context.Context, name, role string, extra ...string) (*m
 	}
 	args = append(args, "-blockdev", `{"driver":"blkreplay","node-name":"ftvirt-rr-0","image":"`+image+`"}`)
 	args = append(append(args, b.devices(dir)...), extra...)
+	return b.launch(ctx, name, role, ports, args)
+}
+
+// launch starts a QEMU with its plugin and waits for both.
+func (b *bed) launch(ctx context.Context, name, role string, ports map[uint16]uint16, args []string) (*machine, error) {
+	dir := filepath.Join(b.dir, name)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	args = append(args, "-qmp", "unix:"+dir+"/qmp.sock,server=on,wait=off")
 	m := &machine{t: b.t, dir: dir, ports: ports, done: make(chan struct{}), changed: make(chan struct{}), digests: map[plugin.Position]control.Digest{}, memory: map[string]string{}}
 	stderr, err := os.Create(filepath.Join(dir, "stderr"))
 	if err != nil {
