@@ -212,13 +212,8 @@ func (d *Decoder) page(p []byte) (int, error) {
 	if at&entryZero != 0 || block >= uint64(len(d.layout.Blocks)) || page >= d.layout.Blocks[block].Pages {
 		return 0, d.damaged("block %d has no page %d", block, page)
 	}
-	before, known, key := d.memory.place(at)
-	reference := before
-	if !known {
-		reference = nil
-	}
 	into := d.stage[d.layout.Pages+d.room*PageSize:][:PageSize:PageSize]
-	m, zero, err := d.form(p[n:], into, reference)
+	m, zero, err := d.form(p[n:], into, d.memory.known(at))
 	if err != nil {
 		return 0, err
 	}
@@ -226,30 +221,16 @@ func (d *Decoder) page(p []byte) (int, error) {
 	var now []byte
 	if zero {
 		entry |= entryZero
-		if known {
-			*key = 0
-		}
 	} else {
 		now = into
 		d.room++
-		d.remember(p[n], known, at, before, key, into)
 	}
+	d.memory.told(at, now, !zero && (p[n] == asDelta || d.header.Kind == Complete))
 	binary.NativeEndian.PutUint64(d.stage[d.layout.Table+8*d.pages:], entry)
 	d.crc = checksum(d.crc, at, now)
 	d.last = at
 	d.pages++
 	return n + m, nil
-}
-
-// remember does what the encoder did.
-func (d *Decoder) remember(how byte, known bool, at uint64, before []byte, key *uint64, now []byte) {
-	switch {
-	case how == asDelta, d.header.Kind == Complete:
-		copy(before, now)
-		*key = at + 1
-	case known:
-		*key = 0
-	}
 }
 
 func (d *Decoder) piece(p []byte) (int, error) {

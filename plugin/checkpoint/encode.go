@@ -117,31 +117,20 @@ func checksum(crc uint32, at uint64, page []byte) uint32 {
 // page appends one, nil for zeros. Those of rounds are not remembered: most do not
 // change again soon.
 func (e *Encoder) page(b []byte, at uint64, now []byte, remember bool) []byte {
-	before, known, key := e.memory.place(at)
 	if now == nil {
-		if known {
-			*key = 0
-		}
+		e.memory.told(at, nil, false)
 		return append(b, asZero)
 	}
-	if known {
-		mark := len(b)
-		e.packed = e.packed[:0]
+	if before := e.memory.known(at); before != nil {
 		var short bool
-		if e.packed, short = appendDelta(e.packed, before, now, longEnough); short {
+		if e.packed, short = appendDelta(e.packed[:0], before, now, longEnough); short {
+			e.memory.told(at, now, true)
 			b = append(b, asDelta)
 			b = binary.AppendUvarint(b, uint64(len(e.packed)))
-			copy(before, now)
 			return append(b, e.packed...)
 		}
-		b = b[:mark]
 	}
-	if remember {
-		copy(before, now)
-		*key = at + 1
-	} else if known {
-		*key = 0
-	}
+	e.memory.told(at, now, remember)
 	return e.pack(b, now)
 }
 

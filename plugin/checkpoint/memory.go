@@ -7,7 +7,7 @@ package checkpoint
 // has one place, by its number, and pushes out who was there before.
 type memory struct {
 	keys  []uint64 // entry + 1 of the table; 0: nobody is there
-	pages []byte
+	pages []*[PageSize]byte
 }
 
 // slots is how many pages are remembered: 32 MiB.
@@ -15,15 +15,36 @@ const slots = 8 << 10
 
 func (m *memory) reset() {
 	if m.keys == nil {
-		m.keys, m.pages = make([]uint64, slots), make([]byte, slots*PageSize)
+		m.keys, m.pages = make([]uint64, slots), make([]*[PageSize]byte, slots)
 		return
 	}
 	clear(m.keys)
 }
 
-// place gives the room of a page, and whether the page is there.
-func (m *memory) place(entry uint64) (page []byte, known bool, key *uint64) {
+func place(entry uint64) uint64 {
 	// Neighbours get places of their own; blocks are spread.
-	i := (entry ^ entry>>entryBlock*2654435761) % slots
-	return m.pages[i*PageSize:][:PageSize:PageSize], m.keys[i] == entry+1, &m.keys[i]
+	return (entry ^ entry>>entryBlock*2654435761) % slots
+}
+
+// known gives what is remembered of a page, nil if it is nothing.
+func (m *memory) known(entry uint64) []byte {
+	if i := place(entry); m.keys[i] == entry+1 {
+		return m.pages[i][:]
+	}
+	return nil
+}
+
+// told notes how a page was told: one that is not remembered is forgotten.
+func (m *memory) told(entry uint64, page []byte, remember bool) {
+	i := place(entry)
+	switch {
+	case remember:
+		if m.pages[i] == nil {
+			m.pages[i] = new([PageSize]byte)
+		}
+		copy(m.pages[i][:], page)
+		m.keys[i] = entry + 1
+	case m.keys[i] == entry+1:
+		m.keys[i] = 0
+	}
 }
