@@ -53,7 +53,7 @@ var impure = []string{"context", "log", "log/slog", "net", "net/http", "os", "os
 var rules = []rule{
 	{packages: []string{"plugin"}, ours: []string{}, pure: true},
 	{packages: []string{"plugin/rrlog", "plugin/pair", "hooks"}, ours: []string{"plugin"}, pure: true},
-	{packages: []string{"arbiter/paxos"}, ours: []string{}, pure: true},
+	{packages: []string{"arbiter/paxos", "plugin/checkpoint"}, ours: []string{}, pure: true},
 	{packages: []string{"plugin/detect", "plugin/control", "plugin/metrics", "plugin/virt"}, ours: []string{"plugin"}},
 	{packages: []string{"arbiter/scsi"}, ours: []string{}},
 	{packages: []string{"arbiter"}, ours: []string{"arbiter/paxos", "arbiter/scsi", "plugin"}},
