@@ -173,7 +173,8 @@ void ft_ring_put(const uint8_t *from, size_t len);
 void ft_replay_begin(void);
 void ft_replay_yield(void);
 void ft_replay_return(void);
-bool ft_replay_insert(uint64_t id, unsigned count);
+void ft_replay_hold(void);
+bool ft_replay_go_on(uint64_t id, unsigned count);
 
 bool ft_for_vcpu(uint8_t kind);
 
@@ -198,6 +199,7 @@ void ft_go_live(void);
 
 /* retry.c: disk requests that failed on a backup. */
 void ft_retry(void);
+bool ft_disk_failed(void);
 
 /* gate.c: the output rule. */
 bool ft_gate_init(const char **why);

@@ -241,6 +241,10 @@ static void stopped(int state)
     if (*q.replay_mode == Q_REPLAY_RECORD && q.replay_mutex_locked()) {
         finish_queued(state);
     }
+    if (*q.replay_mode == Q_REPLAY_PLAY && state == Q_RUN_STATE_IO_ERROR &&
+        q.replay_mutex_locked()) {
+        ft_replay_hold();
+    }
     if (*q.replay_mode != Q_REPLAY_NONE) {
         return;
     }

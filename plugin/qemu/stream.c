@@ -19,6 +19,11 @@
  * was: it logs from within vm_start. And handed out for a while when there is
  * no log and the main loop has something else to do. */
 #define PLACEHOLDER_KIND 25
+/* EVENT_ASYNC + REPLAY_ASYNC_EVENT_BH, and _BH_ONESHOT. */
+#define BH_KIND 3
+#define BH_ONESHOT_KIND 4
+/* The number of a request or bottom half. */
+#define ID_BYTES 8
 /* EVENT_INSTRUCTION, and the count that follows. */
 #define INSTRUCTION_KIND 0
 #define INSTRUCTION_BYTES 4
@@ -228,56 +233,148 @@ static struct {
     size_t count_left;  /* bytes of the count of instructions: QEMU has no
                          * unread event yet while it reads that */
     size_t header_left; /* bytes of a packet's header */
+    size_t id_left;     /* bytes of the number of a request or bottom half */
+    /* Whether a disk request has failed is to be found out: QEMU reads what
+     * comes next, and only then completes the request. */
+    enum { FINE, READS_ON, CHECK } disk;
+    /* One has: the log stands still. */
+    enum { GOES_ON, AT_KIND, AT_ID } stalled;
+    bool block; /* it is the completion of a request */
     uint32_t packet_left;
 } event;
 
-/* Events of ours that go before what is left of the log, see retry.c. */
+/* What goes before what is left of the log, see retry.c: events of ours, and what
+ * QEMU had read of the one that comes next. */
 #define INSERTED_MOST 256
-#define ID_BYTES 8
 static struct {
-    uint8_t bytes[(1 + ID_BYTES) * (INSERTED_MOST + 1)];
+    uint8_t bytes[(1 + ID_BYTES) * (INSERTED_MOST + 2)];
     size_t len, at;
 } inserted;
 
-static void insert(uint64_t v, size_t bytes)
+/* Puts something before the rest of it. */
+static bool insert(const uint8_t *bytes, size_t n)
 {
-    while (bytes--) {
-        inserted.bytes[inserted.len++] = (uint8_t)(v >> (8 * bytes));
+    size_t rest = inserted.len - inserted.at;
+
+    if (n > sizeof(inserted.bytes) - rest) {
+        return false;
     }
+    memmove(inserted.bytes + n, inserted.bytes + inserted.at, rest);
+    memcpy(inserted.bytes, bytes, n);
+    inserted.len = n + rest;
+    inserted.at = 0;
+    return true;
+}
+
+static size_t encode(uint8_t *to, uint8_t kind, uint64_t v, size_t bytes)
+{
+    *to++ = kind;
+    for (size_t i = bytes; i--; ) {
+        *to++ = (uint8_t)(v >> (8 * i));
+    }
+    return 1 + bytes;
 }
 
 /*
- * Puts completions of disk requests, whose numbers begin at id, before the event
- * that QEMU has begun to read. What it has read of that is given to it again.
- * Nobody reads now. false if they are too many.
+ * The VM is stopped, and nobody reads. The event that comes next is put back, as
+ * far as it was read: the main loop, which runs on, would else take what is its
+ * own, and do other than it does while the VM runs.
  */
-bool ft_replay_insert(uint64_t id, unsigned count)
+void ft_replay_hold(void)
 {
     struct q_replay_state *s = q.replay_state;
-    uint64_t begun = s->read_event_id;
-    size_t rest = inserted.len - inserted.at;
+    uint8_t put_back[1 + ID_BYTES];
+    size_t n;
 
-    if (!count) {
+    if (event.stalled == AT_KIND || !s->has_unread_data) {
+        return;
+    }
+    if (s->data_kind == INSTRUCTION_KIND) {
+        n = encode(put_back, INSTRUCTION_KIND, s->instruction_count,
+                   INSTRUCTION_BYTES);
+    } else if (event.stalled == GOES_ON && s->read_event_id != UINT64_MAX) {
+        n = encode(put_back, s->data_kind, s->read_event_id, ID_BYTES);
+    } else {
+        n = encode(put_back, s->data_kind, 0, 0);
+    }
+    if (!insert(put_back, n)) {
+        return;
+    }
+    s->data_kind = PLACEHOLDER_KIND;
+    s->instruction_count = 0;
+    s->read_event_id = UINT64_MAX;
+    event.stalled = AT_KIND;
+}
+
+/*
+ * Lets a log that stands still go on, after completions of disk requests, whose
+ * numbers begin at id. Nobody reads now. false if they are too many.
+ */
+bool ft_replay_go_on(uint64_t id, unsigned count)
+{
+    uint8_t completions[(1 + ID_BYTES) * INSERTED_MOST];
+    size_t n = 0;
+    bool fits;
+
+    if (event.stalled != AT_KIND) {
+        return !count;
+    }
+    for (unsigned i = 0; i < count && i < INSERTED_MOST; i++) {
+        n += encode(completions + n, FT_BLOCK_KIND, id + i, ID_BYTES);
+    }
+    fits = count <= INSERTED_MOST && insert(completions, n);
+    event.stalled = GOES_ON;
+    event.disk = FINE;
+    q.replay_state->has_unread_data = false;
+    q.replay_fetch_data_kind();
+    return fits;
+}
+
+/* Whether the event that comes next is known, and is none that code which is being
+ * executed takes for granted, such as the clock that it asks for. */
+static bool may_wait(void)
+{
+    bool known = true;
+    uint8_t kind = 0;
+
+    if (inserted.at < inserted.len) {
+        kind = inserted.bytes[inserted.at];
+    } else {
+        pthread_mutex_lock(&ft.lock);
+        known = ft.ring.head != ft.ring.tail;
+        if (known) {
+            ft_ring_copy(ft.ring.tail, &kind, 1);
+        }
+        pthread_mutex_unlock(&ft.lock);
+    }
+    return known && (kind <= LAST_ASYNC_KIND || kind >= FIRST_CHECKPOINT_KIND);
+}
+
+/*
+ * A disk request that failed stops the VM, but not at once. Until then the log
+ * stands still, or the guest would see what the primary's did not: QEMU is given
+ * an event, or a number of one, for which nothing is done.
+ */
+static bool stall(bool kind, char *buf)
+{
+    bool id = event.id_left == ID_BYTES && !kind;
+
+    if (event.stalled == AT_ID) {
+        *buf = (char)0xfe; /* a number that is none */
         return true;
     }
-    if (count > INSERTED_MOST || rest || !s->has_unread_data) {
+    if (event.disk != CHECK || event.count_left || (!kind && !id)) {
         return false;
     }
-    inserted.len = inserted.at = 0;
-    for (unsigned i = 1; i < count; i++) {
-        insert(FT_BLOCK_KIND, 1);
-        insert(id + i, ID_BYTES);
+    if (!ft_disk_failed()) {
+        event.disk = FINE;
+        return false;
     }
-    insert(s->data_kind, 1);
-    if (s->data_kind == INSTRUCTION_KIND) {
-        insert(s->instruction_count, INSTRUCTION_BYTES);
-    } else if (begun != UINT64_MAX) {
-        insert(begun, ID_BYTES);
+    if (kind && !may_wait()) {
+        return false;
     }
-    s->data_kind = FT_BLOCK_KIND;
-    s->instruction_count = 0;
-    s->read_event_id = id;
-    ft_loop_next(FT_BLOCK_KIND);
+    event.stalled = kind ? AT_KIND : AT_ID;
+    *buf = kind ? PLACEHOLDER_KIND : (char)0xfe;
     return true;
 }
 
@@ -292,11 +389,22 @@ static size_t wanted(bool kind, size_t size)
 static void follow(bool kind, const uint8_t *buf, size_t n)
 {
     if (kind) {
+        if (event.disk == READS_ON) {
+            event.disk = CHECK;
+        }
+        event.id_left = *buf == FT_BLOCK_KIND || *buf == BH_KIND ||
+                        *buf == BH_ONESHOT_KIND ? ID_BYTES : 0;
+        event.block = *buf == FT_BLOCK_KIND;
         event.count_left = *buf == INSTRUCTION_KIND ? INSTRUCTION_BYTES : 0;
         event.header_left = *buf == NET_KIND ? NET_HEADER_BYTES : 0;
         event.packet_left = 0;
     } else if (event.count_left) {
         event.count_left--;
+    } else if (event.id_left) {
+        event.id_left--;
+        if (!event.id_left && event.block) {
+            event.disk = READS_ON;
+        }
     } else if (event.header_left) {
         /* The last four are the size. */
         event.header_left--;
@@ -329,6 +437,9 @@ static ssize_t replay_read(void *cookie, char *buf, size_t size)
     ssize_t n;
 
     (void)cookie;
+    if (stall(kind, buf)) {
+        return 1;
+    }
     pthread_mutex_lock(&ft.lock);
     if (!ft.loaded) {
         pthread_mutex_unlock(&ft.lock);

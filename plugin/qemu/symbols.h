@@ -96,6 +96,10 @@ enum { Q_MAIN_LOOP_POLL_FILL = 0, Q_MAIN_LOOP_POLL_OK = 2 };
     X(uint64_t, replay_get_current_icount, (void), "position of the guest in its execution") \
     X(void, qemu_register_reset, (void (*)(void *), void *), "completes disk requests before a reset waits for them") \
     X(void *, bdrv_next_node, (void *), "the disks' nodes") \
+    X(bool, runstate_check, (int), "whether an error of a disk has stopped the VM") \
+    X(bool, qemu_vmstop_requested, (int *), "or is about to") \
+    X(void, qemu_system_vmstop_request_prepare, (void), "leaves that as it was") \
+    X(void, qemu_system_vmstop_request, (int), "the same") \
     X(void, bdrv_do_drained_begin_quiesce, (void *, void *), "no new requests meanwhile") \
     X(void, bdrv_drained_end, (void *), "the end of that") \
     X(bool, bdrv_drain_poll, (void *, void *, bool), "whether one has requests in flight") \
