@@ -100,11 +100,8 @@ type checkpoints struct {
 	*bed
 	a, b *checkpointed
 
-	mu     sync.Mutex
-	shut   bool // what is staged goes no further
-	last   uint64
-	pauses []time.Duration
-	taken  []control.Staged
+	mu    sync.Mutex
+	taken []control.Staged
 }
 
 // pass carries what was staged to the backup and waits until it is there.
@@ -161,14 +158,13 @@ func (p *checkpoints) clone(ctx context.Context, epoch plugin.Epoch, args []stri
 func (p *checkpoints) ack(s control.Staged) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.last = s.Number
 	p.taken = append(p.taken, s)
 	if err := p.a.plugin.AckCheckpoint(s.Number); err != nil {
 		p.t.Error(err)
 	}
 }
 
-// protect carries checkpoints until ctx ends or a checkpoint is to be kept back.
+// protect carries checkpoints until ctx ends.
 func (p *checkpoints) protect(ctx context.Context) {
 	for {
 		select {
