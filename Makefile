@@ -2,7 +2,7 @@
 #
 # make deps    install what is missing (Debian 12 or 13, root)
 # make build   programs and the QEMU plugin, into bin/
-# make test    everything a change must pass, at most 25 minutes (root)
+# make test    everything a change must pass, at most 40 minutes (root)
 # make demo    protect a guest and kill its primary; KEEP=1 leaves the lab up (root)
 # make docs    manual pages and shell completions, into build/docs
 # make deb     Debian packages, into build/deb
