@@ -75,7 +75,7 @@ static uint8_t *put(uint8_t *p, uint64_t v, int bytes)
     return p;
 }
 
-static uint64_t get(const uint8_t *p, int bytes)
+uint64_t ft_get(const uint8_t *p, int bytes)
 {
     uint64_t v = 0;
 
@@ -412,7 +412,7 @@ static const char *take_ack(const uint8_t *p, size_t len)
     if (len != 8) {
         return "ACK is 8 bytes";
     }
-    pos = get(p, 8);
+    pos = ft_get(p, 8);
     if ((ft.mode != FT_RECORD && ft.mode != FT_CHECKPOINT) || pos <= ft.acked) {
         return NULL;
     }
@@ -445,15 +445,15 @@ static const char *take_welcome(const uint8_t *p, size_t len)
 {
     uint64_t resume;
 
-    if (len != 18 || get(p, 2) != PROTOCOL) {
+    if (len != 18 || ft_get(p, 2) != PROTOCOL) {
         return "WELCOME is 18 bytes, of protocol 1";
     }
-    resume = get(p + 10, 8);
+    resume = ft_get(p + 10, 8);
     if (ft.backup && !ft.epoch) {
-        ft.epoch = get(p + 2, 8);
+        ft.epoch = ft_get(p + 2, 8);
     }
     if (ft.mode == FT_RECORD) {
-        if (get(p + 2, 8) != ft.epoch) {
+        if (ft_get(p + 2, 8) != ft.epoch) {
             return "WELCOME of another epoch";
         }
         if (resume < ft.ring.tail || resume > ft.ring.head) {
@@ -479,7 +479,7 @@ static const char *take_feed(const uint8_t *p, size_t len)
     if (ft.mode != FT_REPLAY || ft.promote) {
         return "FEED to a plugin that does not replay";
     }
-    if (len < 8 || get(p, 8) != ft.ring.head) {
+    if (len < 8 || ft_get(p, 8) != ft.ring.head) {
         return "FEED leaves a gap";
     }
     if (len - 8 > ft.ring.size - (ft.ring.head - ft.ring.tail)) {
@@ -493,7 +493,7 @@ static const char *take_feed(const uint8_t *p, size_t len)
 /* Obeys one frame; the lock is held. An error ends the connection. */
 static const char *take(enum frame type, const uint8_t *p, size_t len)
 {
-    uint64_t epoch = len == 8 ? get(p, 8) : 0;
+    uint64_t epoch = len == 8 ? ft_get(p, 8) : 0;
 
     if (!ft.connected && type != WELCOME) {
         return "the first frame must be WELCOME";
@@ -549,31 +549,31 @@ static const char *take(enum frame type, const uint8_t *p, size_t len)
         if (len != 8) {
             return "CONFIG is 8 bytes";
         }
-        ft.diverge_ns = get(p, 4) * MS;
-        ft.tick_ns = get(p + 4, 4) * MS;
+        ft.diverge_ns = ft_get(p, 4) * MS;
+        ft.tick_ns = ft_get(p + 4, 4) * MS;
         return NULL;
     case CHECK:
         if (len != 8) {
             return "CHECK is 8 bytes";
         }
-        ft_digest_check(get(p, 8));
+        ft_digest_check(ft_get(p, 8));
         return NULL;
     case HOLD:
         if (len != 4) {
             return "HOLD is 4 bytes";
         }
-        if (get(p, 4) && ft.mode != FT_RECORD) {
+        if (ft_get(p, 4) && ft.mode != FT_RECORD) {
             send_error(type, "only a primary is held");
             return NULL;
         }
-        ft.hold = get(p, 4) != 0;
-        ft.hold_until_ns = ft_now_ns() + (int64_t)get(p, 4) * MS;
+        ft.hold = ft_get(p, 4) != 0;
+        ft.hold_until_ns = ft_now_ns() + (int64_t)ft_get(p, 4) * MS;
         return NULL;
     case LOOK:
-        if (len != 12 || get(p + 8, 4) < FT_LOOK_CHUNK_MIN) {
+        if (len != 12 || ft_get(p + 8, 4) < FT_LOOK_CHUNK_MIN) {
             return "LOOK is 12 bytes, for chunks of 4 KiB at least";
         }
-        ft.look = get(p, 8);
+        ft.look = ft_get(p, 8);
         pthread_cond_broadcast(&ft.room);
         if (!ft.look) {
             ft_replay_return();
@@ -582,13 +582,13 @@ static const char *take(enum frame type, const uint8_t *p, size_t len)
         if (ft.mode == FT_REPLAY) {
             ft_replay_yield();
         }
-        ft_look(ft.look, get(p + 8, 4));
+        ft_look(ft.look, ft_get(p + 8, 4));
         return NULL;
     case PACE:
-        if (len != 2 || get(p, 2) > FT_PACE_MOST) {
+        if (len != 2 || ft_get(p, 2) > FT_PACE_MOST) {
             return "PACE is 2 bytes, at most 900";
         }
-        ft.pace = get(p, 2);
+        ft.pace = ft_get(p, 2);
         if (ft.checkpoints) {
             ck_pace(ft.pace);
         }
@@ -663,7 +663,7 @@ static bool receive(void)
         io.in_len += n;
         pthread_mutex_lock(&ft.lock);
         while (!why && io.in_len - at >= HEADER) {
-            size_t len = get(io.in + at, 4);
+            size_t len = ft_get(io.in + at, 4);
 
             if (len > FT_FRAME_MAX) {
                 why = "frame too long";

@@ -236,6 +236,7 @@ enum { FT_LOOK_RUNS = 1, FT_LOOK_BUSY = 2, FT_LOOK_MOVED = 4 };
 bool ft_look_init(const char **why);
 bool ft_hold_due(int64_t now);
 void ft_look(uint64_t id, uint32_t chunk);
+bool ft_zeros(const uint8_t *at, size_t len);
 
 /* control.c: the agent. */
 bool ft_control_init(void);
@@ -244,6 +245,7 @@ void ft_send_staged(void);
 void ft_send_applied(uint64_t number);
 bool ft_thread(void *(*f)(void *), const char *name);
 bool ft_thread_with(void *(*f)(void *), const char *name, void *opaque);
+uint64_t ft_get(const uint8_t *p, int bytes); /* a number of a frame */
 void ft_wake_io(void);
 void ft_send_state(const char *text);
 void ft_send_stopped(void);

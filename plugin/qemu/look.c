@@ -40,7 +40,7 @@ static bool hash(const uint8_t *from, size_t len, uint8_t out[HASH_SIZE])
 }
 
 /* Much of a guest's memory is zeros, which need no hashing. */
-static bool zeros(const uint8_t *at, size_t len)
+bool ft_zeros(const uint8_t *at, size_t len)
 {
     uint64_t first;
 
@@ -152,7 +152,7 @@ static bool look_at(struct look *l, const struct block *b)
     while (at < b->size) {
         uint64_t left = b->size - at;
         size_t len = left < l->chunk ? left : l->chunk;
-        bool empty = len == l->chunk && zeros(b->at + at, len);
+        bool empty = len == l->chunk && ft_zeros(b->at + at, len);
         uint8_t *to = hashes + n * HASH_SIZE;
 
         if (empty && known) {

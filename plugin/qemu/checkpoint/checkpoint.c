@@ -465,26 +465,16 @@ bool ck_init(const char **why)
     return true;
 }
 
-static uint64_t get(const uint8_t *p, int bytes)
-{
-    uint64_t v = 0;
-
-    for (int i = 0; i < bytes; i++) {
-        v = v << 8 | p[i];
-    }
-    return v;
-}
-
 /* Obeys a frame of this method; the lock is held. What is returned refuses it. */
 const char *ck_take(int type, const uint8_t *p, size_t len)
 {
     switch (type) {
     case CK_BEGIN:
-        if (len != 8 || (ft.mode != FT_IDLE && ft.mode != FT_STANDBY) || get(p, 8) < ft.epoch ||
-            (!ft.backup && get(p, 8) == ft.epoch)) {
+        if (len != 8 || (ft.mode != FT_IDLE && ft.mode != FT_STANDBY) || ft_get(p, 8) < ft.epoch ||
+            (!ft.backup && ft_get(p, 8) == ft.epoch)) {
             return "only an idle VM can begin a newer epoch";
         }
-        ft.epoch = get(p, 8);
+        ft.epoch = ft_get(p, 8);
         ck.begin = true;
         ck.error = NULL;
         break;
@@ -501,19 +491,19 @@ const char *ck_take(int type, const uint8_t *p, size_t len)
         ck.first = true;
         break;
     case CK_SCHEDULE:
-        if (len != 12 || !get(p, 4) || get(p, 4) > get(p + 4, 4) || !get(p + 8, 4)) {
+        if (len != 12 || !ft_get(p, 4) || ft_get(p, 4) > ft_get(p + 4, 4) || !ft_get(p + 8, 4)) {
             return "the least interval is above 0 and not above the longest, the watermark above 0";
         }
-        ck.least_ns = (int64_t)get(p, 4) * 1000;
-        ck.most_ns = (int64_t)get(p + 4, 4) * 1000;
-        ck.watermark = get(p + 8, 4);
+        ck.least_ns = (int64_t)ft_get(p, 4) * 1000;
+        ck.most_ns = (int64_t)ft_get(p + 4, 4) * 1000;
+        ck.watermark = ft_get(p + 8, 4);
         break;
     case CK_APPLY:
         if (len != 25 || ft.mode != FT_STANDBY || ck.apply || !ck.stage) {
             return "only a backup applies, one after the other";
         }
         ck.applying = (struct ck_staged){
-            .number = get(p, 8), .pages = get(p + 8, 8), .device = get(p + 16, 8), .running = p[24],
+            .number = ft_get(p, 8), .pages = ft_get(p + 8, 8), .device = ft_get(p + 16, 8), .running = p[24],
         };
         if (ck.applying.number ? ck.applying.number <= ck.number || !ck.applying.device : ck.number) {
             return "an older checkpoint, or a round after the first";

@@ -213,14 +213,6 @@ void ck_memory_snapshot(bool take_lock)
     }
 }
 
-static bool is_zero(const uint8_t *page)
-{
-    uint64_t first;
-
-    memcpy(&first, page, sizeof(first));
-    return !first && !memcmp(page, page + sizeof(first), CK_PAGE - sizeof(first));
-}
-
 /* Copies pages that wait to the staging, at most so many, and tells how many
  * that were and how many wait still. Without the guest stopped a page may be
  * torn: it was written then, and is copied again. */
@@ -241,7 +233,7 @@ uint64_t ck_memory_copy(uint64_t most, bool zeros, uint64_t *left)
                 const uint8_t *from = b->host + page * CK_PAGE;
 
                 table[n] = (uint64_t)i << CK_ENTRY_BLOCK | page;
-                if (zeros && is_zero(from)) {
+                if (zeros && ft_zeros(from, CK_PAGE)) {
                     table[n] |= CK_ENTRY_ZERO;
                 } else {
                     memcpy(to, from, CK_PAGE);
@@ -286,7 +278,7 @@ const char *ck_memory_apply(const struct ck_staged *s)
         if (!(entry & CK_ENTRY_ZERO)) {
             memcpy(to, from, CK_PAGE);
             from += CK_PAGE;
-        } else if (!is_zero(to)) {
+        } else if (!ft_zeros(to, CK_PAGE)) {
             memset(to, 0, CK_PAGE);
         }
     }
